@@ -3,8 +3,8 @@ SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-QUIET  := $(shell [ -t 1 ] || echo -q)
-# pip shows its progress to a person and not to a log
+QUIET  := $(shell [ -t 2 ] || echo -qq)
+# pip shows its progress to a person; to a log it says what went wrong
 
 export OMP_NUM_THREADS ?= 1
 unexport MPLBACKEND
@@ -22,7 +22,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("restyle_nb needs Python 3.10 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.11 …" if sys.version_info < (3, 10) else 0)'
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q -U pip
+	@$(BIN)/python -m pip install -qq -U pip
 
 $(VENV)/.package: setup.py settings.ini | $(BIN)/python
 	@echo "installing restyle_nb into $(VENV); the first time this fetches PyTorch (several GB)"

@@ -28,8 +28,8 @@ setup(
         'Programming Language :: Python :: 3',
         'Topic :: Scientific/Engineering :: Image Processing',
     ],
-    packages=find_packages(include=[package, f'{package}.*']),
-    include_package_data=True,   # what MANIFEST.in lists inside the package: the weights
+    packages=[*find_packages(include=[package, f'{package}.*']), f'{package}.weights'],
+    include_package_data=True,   # what MANIFEST.in lists inside these: the weights
     python_requires=f">={ini['min_python']}",
     install_requires=split(ini['requirements']),
     extras_require={'dev': split(ini['dev_requirements'])},

@@ -33,7 +33,7 @@ class _Linear(nn.Module):
         h = torch.baddbmm(self.bias[:,None], h.transpose(0,1)*self.scale, self.weight.mT)
         return h.transpose(0,1).contiguous()
 
-# %% ../nbs/02_encoders.ipynb #e8d5d7a8
+# %% ../nbs/02_encoders.ipynb #5204af01
 class SimpleHead(nn.Module):
     "`k` map2style blocks on the last feature map (§4.1, Fig. 3, App. A.1): (B,in_channels,h,w) to (B,n_styles,style_dim)"
     def __init__(self,
@@ -42,7 +42,7 @@ class SimpleHead(nn.Module):
         style_dim:int=512, # Width of a style, d
         spatial:tuple|int=16, # Largest map this head will see, (h,w) or one side, in cells
         width:int|None=None, # Channels inside a block; None for `style_dim`, as published
-        gain:float=.03, # Spread of the last layer at the start, so that the first code is close to the average
+        gain:float=.1, # Spread of the last layer at the start, so that the first code is close to the average
     ):
         super().__init__()
         self.spatial = (spatial,)*2 if isinstance(spatial, int) else tuple(spatial)
@@ -205,13 +205,12 @@ class Encoder(nn.Module):
             + ('give the reconstruction too: encoder(x, y)' if y is None else 'build it with image_channels= that of your pictures'))
         return self.head(self.trunk(x))
 
-# %% ../nbs/02_encoders.ipynb #ef81c82d
+# %% ../nbs/02_encoders.ipynb #cdca3f81
 TRUNKS = dict(irse50=IRSE50, resnet34=ResNet34, compact=Compact) # name to class; add your own
 HEADS = dict(simple=SimpleHead)                                  # name to class; add your own
 
 def _name_of(table, obj): return next((k for k,v in table.items() if type(obj) is v), type(obj).__name__)
 
-# %% ../nbs/02_encoders.ipynb #b6403e42
 @patch(as_prop=True)
 def config(self:Encoder
 )->dict: # Plain numbers, strings and lists
@@ -260,7 +259,7 @@ def forward_from(self:Encoder,
     c = self.trunk.first
     return self.head(self.trunk.rest(first_x + F.conv2d(y, c.weight[:,self.image_channels:], None, c.stride, c.padding)))
 
-# %% ../nbs/02_encoders.ipynb #bba9dc03
+# %% ../nbs/02_encoders.ipynb #b3ee9629
 class _Affine(nn.Module):
     "What is left of a BatchNorm that leads a convolution: a scale and a shift for each channel"
     def __init__(self, bn):
@@ -272,6 +271,7 @@ class _Affine(nn.Module):
     def forward(self, x): return torch.addcmul(self.shift, x, self.scale)
 
 def _fold(m):
+    "Replace each BatchNorm below `m`, whose children must be registered in the order they run"
     prev,prev_name = None,None
     for name,c in list(m.named_children()):
         if not isinstance(c, nn.BatchNorm2d): _fold(c)
@@ -281,18 +281,19 @@ def _fold(m):
         else: setattr(m, name, _Affine(c))
         prev,prev_name = c,name
 
-# %% ../nbs/02_encoders.ipynb #f2fb90b8
+# %% ../nbs/02_encoders.ipynb #1a7bc893
 @patch
-def fold(self:Encoder
-)->Encoder: # A frozen copy for inference; this encoder is left as it is
+def fold(self:Encoder,
+    inplace:bool=False, # Change this encoder instead of a copy: half the memory
+)->Encoder: # Frozen, for inference
     "Fold every BatchNorm that follows a convolution, turn leading ones into scale and shift, store the trunk channels-last"
-    enc = copy.deepcopy(self).eval().requires_grad_(False)
+    enc = (self if inplace else copy.deepcopy(self)).eval()
     _fold(enc.trunk)
     enc.trunk.to(memory_format=torch.channels_last)
     enc.folded = True
     return enc.requires_grad_(False)
 
-# %% ../nbs/02_encoders.ipynb #7b903fe0
+# %% ../nbs/02_encoders.ipynb #81443d4f
 def stack_head(
     state:dict, # Tensors by name, among them `styles.J.convs.{0,2,4,…}.*` and `styles.J.linear.*`
     prefix:str='styles.', # What stands before J
@@ -304,14 +305,12 @@ def stack_head(
         if name.startswith(prefix) and j.isdigit(): blocks.setdefault(int(j), {})[rest] = t
     if not blocks: raise ValueError(f'stack_head: no tensor named {prefix}J.*; found {", ".join(list(state)[:3]) or "nothing"} …')
     out = {}
-    for rest,t in blocks[min(blocks)].items():
-        parts = []
-        for j in range(max(blocks)+1):
-            p = blocks.get(j, {}).get(rest)
-            if p is None or p.shape!=t.shape or len(blocks[j])!=len(blocks[min(blocks)]):
-                raise ValueError(f'stack_head: {prefix}{j}.{rest} is {"missing" if p is None else tuple(p.shape)}, expected {tuple(t.shape)} '
-                    f'and {len(blocks[min(blocks)])} tensors in every block; blocks of unequal depth belong to an FPN head')
-            parts.append(p)
+    for rest,like in {rest:t for b in blocks.values() for rest,t in b.items()}.items():
+        parts = [blocks.get(j, {}).get(rest) for j in range(max(blocks)+1)]
+        for j,t in enumerate(parts):
+            if t is None or t.shape!=like.shape:
+                raise ValueError(f'stack_head: {prefix}{j}.{rest} is {"missing" if t is None else tuple(t.shape)}, expected {tuple(like.shape)} '
+                    'as in the other blocks; blocks of unequal depth belong to an FPN head, else the file is incomplete')
         kind,_,leaf = rest.partition('.')
         if kind=='linear': out[f'head.linear.{leaf}'] = torch.stack(parts)
         else: i,_,leaf = leaf.partition('.'); out[f'head.convs.{int(i)//2}.{leaf}'] = torch.cat(parts)

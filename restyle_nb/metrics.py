@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['default_metrics', 'score', 'Table', 'markdown_table', 'text_table', 'per_step', 'summary', 'Difference', 'compare']
 
-# %% ../nbs/08_metrics.ipynb #01c7f845
+# %% ../nbs/08_metrics.ipynb #fdcdd7c8
 from functools import lru_cache
 from typing import NamedTuple
 import torch
+from .images import to_float
 from .losses import LPIPS, l2
 
 # %% ../nbs/08_metrics.ipynb #05be5296
@@ -85,7 +86,7 @@ def text_table(
     w = [max(map(len, c)) for c in zip(*cells)]
     return '\n'.join('  '.join([r[0].ljust(w[0])]+[c.rjust(n) for c,n in zip(r[1:], w[1:])]) for r in cells)
 
-# %% ../nbs/08_metrics.ipynb #dcd1b729
+# %% ../nbs/08_metrics.ipynb #34b0b931
 @torch.no_grad()
 def per_step(
     net,             # A `ReStyle`
@@ -93,9 +94,14 @@ def per_step(
     n_steps=5,       # Passes of the encoder; 1 for a single-pass model
     metrics=None,    # Mapping name -> metric; L2 and LPIPS if None
     batch_size=32,   # Pictures at a time
+    keep=None,       # A list; the images (n_steps+1,B,C,H,W) of each batch are appended to it, on the CPU
 ):                   # `Table` of n_steps+1 rows
     "Scores of steps 0 … n_steps, computed on the encoder's view (the curves of Fig. 5)"
-    parts = [score(_images(net, b, n_steps), b, net.geometry, metrics) for b in _views(net, x, batch_size)]
+    parts = []
+    for b in _views(net, x, batch_size):
+        ys = _images(net, b, n_steps)
+        if keep is not None: keep.append(torch.stack([y.cpu() for y in ys])); ys = keep[-1]
+        parts.append(score(ys, b, net.geometry, metrics))
     return Table({k:torch.cat([p[k] for p in parts], 1) for k in parts[0]})
 
 def _images(net, x, n_steps):
@@ -105,8 +111,7 @@ def _images(net, x, n_steps):
 
 def _views(net, x, batch_size):
     if not len(x): raise ValueError('per_step: no pictures; pass a tensor (N,C,H,W) with N of at least 1')
-    p = next(net.parameters())
-    for b in x.split(batch_size): yield net.geometry.fit(b).to(p.device, p.dtype)
+    for b in x.split(batch_size): yield net.geometry.fit(to_float(b)).to(net.latent_avg)
 
 # %% ../nbs/08_metrics.ipynb #4cb6d9a0
 def summary(

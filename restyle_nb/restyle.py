@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from .images import Geometry, atomic_write, load_image
 
-# %% ../nbs/03_restyle.ipynb #5538bb82
+# %% ../nbs/03_restyle.ipynb #945190e4
 class Step(NamedTuple):
     "One refinement: `w` and `y` after step `t`, and the residual `delta` that led there."
     t: int              # 1 for the first step
@@ -23,7 +23,6 @@ class Step(NamedTuple):
     y: torch.Tensor     # Its picture G(w_t) (B,C,H,W), at the generator's size
     delta: torch.Tensor # Residual code that was added (B,n_styles,style_dim)
 
-# %% ../nbs/03_restyle.ipynb #fb7831f5
 class ReStyle(nn.Module):
     "An encoder that refines codes of a frozen generator. Anything with `n_styles`, `style_dim`, `latent_avg`, `synthesize(w)` is a generator."
     def __init__(self,
@@ -46,7 +45,7 @@ class ReStyle(nn.Module):
     @property
     def device(self): return self.latent_avg.device
 
-# %% ../nbs/03_restyle.ipynb #c5651a28
+# %% ../nbs/03_restyle.ipynb #d93a4102
 def _full_code(w, generator):
     shape = generator.n_styles, generator.style_dim
     if w.ndim == 1: w = w.expand(shape[0], -1)
@@ -61,6 +60,25 @@ def _geometry(net):
     return Geometry(encoder=(min(256, h), min(256, w)), output=(h, w))
 
 def _shape(o): return tuple(o.shape)
+
+def _fingerprint(generator, w):
+    "What the average picture depends on: where each tensor lies, and how often it was written."
+    ts = [w] + (list(generator.state_dict(keep_vars=True).values()) if isinstance(generator, nn.Module) else [])
+    return tuple((o.data_ptr(), o.device, o.dtype, None if o.is_inference() else o._version) for o in ts)
+
+@patch(as_prop=True)
+def refines(self:ReStyle)->bool:
+    "Does the encoder look at its last attempt, or at `x` only (a classical single-pass encoder)?"
+    e = self.encoder
+    n = getattr(e, 'in_channels', None) or getattr(e, 'config', {}).get('in_channels')
+    c = getattr(self.generator, 'image_channels', None)
+    return n is None or c is None or n > c
+
+@patch
+def first(self:ReStyle, x):
+    "The part of the encoder's first layer that sees `x` alone: the same at every step, worth keeping where no gradient is wanted."
+    if torch.is_grad_enabled() or not self.refines or not hasattr(self.encoder, 'forward_from'): return None
+    return self.encoder.first(x)
 
 # %% ../nbs/03_restyle.ipynb #47d279f4
 @patch
@@ -97,7 +115,7 @@ def steps(self:ReStyle,
         rows = yield s
         if rows is not None: x, w, y, first = [o if o is None else o[rows] for o in (x, w, y, first)]
 
-# %% ../nbs/03_restyle.ipynb #e1b08262
+# %% ../nbs/03_restyle.ipynb #da87670f
 @patch
 @torch.no_grad()
 def start(self:ReStyle,
@@ -113,27 +131,6 @@ def start(self:ReStyle,
             self._cached = now, (w, self.generator.synthesize(w))
     return tuple(o.expand(n, *o.shape[1:]) for o in self._cached[1])
 
-# %% ../nbs/03_restyle.ipynb #70d4f6ed
-def _fingerprint(generator, w):
-    "What the average picture depends on: where each tensor lies, and how often it was written."
-    ts = [w] + (list(generator.state_dict(keep_vars=True).values()) if isinstance(generator, nn.Module) else [])
-    return tuple((o.data_ptr(), o.device, o.dtype, None if o.is_inference() else o._version) for o in ts)
-
-@patch(as_prop=True)
-def refines(self:ReStyle)->bool:
-    "Does the encoder look at its last attempt, or at `x` only (a classical single-pass encoder)?"
-    e = self.encoder
-    n = getattr(e, 'in_channels', None) or getattr(e, 'config', {}).get('in_channels')
-    c = getattr(self.generator, 'image_channels', None)
-    return n is None or c is None or n > c
-
-@patch
-def first(self:ReStyle, x):
-    "The part of the encoder's first layer that sees `x` alone: the same at every step, worth keeping where no gradient is wanted."
-    if torch.is_grad_enabled() or not self.refines or not hasattr(self.encoder, 'forward_from'): return None
-    return self.encoder.first(x)
-
-# %% ../nbs/03_restyle.ipynb #c6892616
 @patch
 def begin(self:ReStyle, x, start=None, n=1):
     "w_0 and y_0 for a batch `x`, checked."
@@ -181,7 +178,7 @@ class Inversion:
         if self.images is None: raise ValueError('this Inversion was saved without images; paint them again with .redraw(generator)')
         return self.images
 
-# %% ../nbs/03_restyle.ipynb #41006a08
+# %% ../nbs/03_restyle.ipynb #c6d69307
 _batch_axis = dict(codes=1, deltas=1, errors=1, stopped=0, x=0, images=1)
 
 @patch
@@ -199,7 +196,7 @@ def to(self:Inversion,
 @patch
 def __getitem__(self:Inversion, i): # int, slice, list or mask
     "Some of the pictures, as an Inversion."
-    if isinstance(i, int): i = [range(len(self))[i]]
+    if hasattr(i, '__index__') and not isinstance(i, torch.Tensor): i = [range(len(self))[i]]
     return self._map(lambda o, d: o[:, i] if d else o[i])
 
 @patch(cls_method=True)
@@ -230,7 +227,7 @@ def pictures(self:ReStyle,
     if x.abs().max() > 10: raise ValueError(f'x reaches {x.abs().max():.0f}, expected [-1,1]; scale it, as images.to_float does with bytes')
     return self.geometry.fit(x).to(self.latent_avg)
 
-# %% ../nbs/03_restyle.ipynb #fe612473
+# %% ../nbs/03_restyle.ipynb #c6d6d5c2
 def residual_norm(
     delta:torch.Tensor, # Residuals (…,n_styles,style_dim)
     w:torch.Tensor,     # Codes they led to (…,n_styles,style_dim)
@@ -240,7 +237,6 @@ def residual_norm(
     size = lambda o: o.float().flatten(-2).norm(dim=-1)
     return size(delta) / size(w - latent_avg).clamp_min(torch.finfo(torch.float32).tiny)
 
-# %% ../nbs/03_restyle.ipynb #22ad86fe
 @patch
 @torch.no_grad()
 def invert(self:ReStyle,
@@ -268,7 +264,7 @@ def evaluating(net):
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/03_restyle.ipynb #9fed52ff
+# %% ../nbs/03_restyle.ipynb #df17a40d
 @patch
 def _invert(self:ReStyle, x, w, y, n, tol, **synth):
     live, rows = torch.arange(len(x), device=x.device), None
@@ -290,7 +286,6 @@ def _put(o, rows, new):
     o = o.clone(); o[rows] = new
     return o
 
-# %% ../nbs/03_restyle.ipynb #453eb1cc
 def _inversion(net, x, codes, images, deltas, stopped):
     errors = torch.stack([(net.geometry.feed(o) - x).float().square().mean((1, 2, 3)) for o in images])
     if not errors.isfinite().all():
@@ -298,7 +293,7 @@ def _inversion(net, x, codes, images, deltas, stopped):
         raise ValueError(f'step {t} gave NaN or infinite pixels; look at the weights of {"the encoder" if t else "the generator"} and their precision')
     return Inversion(torch.stack(codes), torch.stack(deltas), errors, stopped, x, torch.stack(images), net.geometry)
 
-# %% ../nbs/03_restyle.ipynb #73c0e079
+# %% ../nbs/03_restyle.ipynb #ef7bf868
 @patch
 def _columns(self:Inversion, n, kw):
     crop = self.geometry.crop if self.geometry else lambda o: o
@@ -325,13 +320,10 @@ def show(self:Inversion,
     rows, kw = self._columns(n, dict(names=None) | kw)
     show_strip(rows, **kw)
 
-# %% ../nbs/03_restyle.ipynb #49ced3ed
 @patch
 def _repr_png_(self:Inversion):
     if self.images is None or not len(self): return None
-    buf = io.BytesIO()
-    self.strip().save(buf, 'PNG')
-    return buf.getvalue()
+    with io.BytesIO() as f: self.strip().save(f, 'PNG'); return f.getvalue()
 
 @patch
 def __repr__(self:Inversion):

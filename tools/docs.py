@@ -101,7 +101,12 @@ def link_between_pages(text: str) -> str:
     return re.sub(r'\]\(([^()\s"]*?)([^()/\s"]+\.ipynb)', lambda m: f']({m[1]}{page(Path(m[2]))}', text)
 
 
-def stage(processed: Path, dest: Path, home: str, site_name: str):
+def link_to_repository(text: str, blob: str) -> str:
+    "LICENSE and its like are no pages: `../NAME` leads to the repository"
+    return re.sub(r'\]\((?:\.\./)+([A-Z][\w.]*)\)', rf']({blob}/\1)', text)
+
+
+def stage(processed: Path, dest: Path, home: str, blob: str, site_name: str):
     "Copy what nbdev processed to `dest`, under page names and with links relative to each page"
     shutil.rmtree(dest, ignore_errors=True)
     shutil.copytree(processed, dest, ignore=shutil.ignore_patterns(site_name, dest.name))
@@ -112,7 +117,8 @@ def stage(processed: Path, dest: Path, home: str, site_name: str):
         was, now = old.relative_to(dest).as_posix(), new.relative_to(dest).as_posix()
         configs = {p: re.sub(rf'(?<=[ "\']){re.escape(was)}\b', now, t) for p, t in configs.items()}
         up = '../'*now.count('/') or './'
-        text = link_between_pages(new.read_text(encoding='utf-8').replace(home, up))
+        text = new.read_text(encoding='utf-8').replace(home, up)
+        text = link_to_repository(link_between_pages(text), blob)
         new.write_text(re.sub(r'"output-file: [^"]*\\n",\s*', '', text), encoding='utf-8')
     for p, t in configs.items(): p.write_text(t, encoding='utf-8')
 
@@ -143,7 +149,8 @@ def build(force: bool):
     nbdev_sidebar.__wrapped__()
     processed = proc_nbs(force=force, n_workers=2)
     work = processed/'.site'
-    stage(processed, work, f"{cfg.doc_host.rstrip('/')}{cfg.doc_baseurl.rstrip('/')}/", cfg.doc_path.name)
+    home = f"{cfg.doc_host.rstrip('/')}{cfg.doc_baseurl.rstrip('/')}/"
+    stage(processed, work, home, f'{cfg.git_url}/blob/{cfg.branch}', cfg.doc_path.name)
     subprocess.run([Path(sys.executable).with_name('smalldocs'), 'render', '--quiet', work], check=True)
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     shutil.move(work/cfg.doc_path.name, cfg.doc_path)

@@ -30,7 +30,7 @@ NBS = ROOT/'nbs'
 VIEW, STATE = (f'application/vnd.jupyter.widget-{o}+json' for o in ('view', 'state'))
 
 RTOL = 2e-2         # of a printed number
-PIXELS = 3.         # mean difference of two figures, in grey levels of 255
+PIXELS = 2.         # mean difference of two figures, in grey levels of 255
 NUMBER = re.compile(r'[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
 
 

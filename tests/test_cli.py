@@ -1,0 +1,276 @@
+"The two commands, from the outside: what they write, and what they say when something is wrong"
+import json, os, subprocess, sys
+import pytest
+import torch
+from PIL import Image
+from restyle_nb.cli import restyle_demo, restyle_invert
+from restyle_nb.images import load_image, save_image
+from restyle_nb.restyle import Inversion
+from restyle_nb.zoo import held_out, load_model
+
+ROW = {'l2', 'l2_se', 'lpips', 'lpips_se', 'n'}
+
+
+@pytest.fixture(scope='session')
+def faces(): return held_out(2)
+
+
+@pytest.fixture
+def good(tmp_path, faces):
+    "A folder with one good picture in it, and room for worse"
+    folder = tmp_path/'pictures'
+    folder.mkdir()
+    save_image(faces[0], folder/'good.png')
+    return folder
+
+
+def invert(*words): return restyle_invert([str(w) for w in words]+['--device', 'cpu'])
+
+
+def complaints(capsys):
+    "Lines on stderr; none of them a traceback"
+    err = capsys.readouterr().err
+    assert 'Traceback' not in err
+    return [l for l in err.splitlines() if l.strip()]
+
+
+# --- what restyle_invert writes
+
+def test_a_folder_is_inverted(good, faces, tmp_path, capsys):
+    save_image(faces[1], good/'other.png')
+    assert invert(good, '--out', tmp_path/'out', '--steps', 3) == 0
+    assert complaints(capsys) == []
+    report = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert report['n_images'] == 2 and [r['step'] for r in report['steps']] == [0, 1, 2, 3]
+    assert all(ROW <= set(r) for r in report['steps'])
+    for p in report['pictures']:
+        inv = Inversion.load(tmp_path/'out'/p['codes'])
+        assert inv.codes.shape[:2] == (4, 1)
+        assert len(p['l2']) == len(p['lpips']) == 4 and p['steps_taken'] == 3
+        assert Image.open(tmp_path/'out'/p['strip']).width > 5*64
+        assert load_image(tmp_path/'out'/p['final']).shape == (3, *load_model('faces64', 'cpu').geometry.output)
+
+
+def test_final_picture_is_the_last_step(good, tmp_path):
+    invert(good/'good.png', '--out', tmp_path/'out')
+    inv = Inversion.load(tmp_path/'out'/'good.safetensors')
+    again = load_model('faces64', 'cpu').generator.synthesize(inv.codes[-1])[0].clamp(-1, 1)
+    assert (load_image(tmp_path/'out'/'good_final.png')-again).abs().max() <= 1/127
+
+
+def test_same_names_do_not_collide(good, faces, tmp_path):
+    other = tmp_path/'elsewhere'
+    other.mkdir()
+    save_image(faces[1], other/'good.png')
+    save_image(faces[1], other/'Good.webp')
+    assert invert(good, other, good/'good.png', '--out', tmp_path/'out', '--steps', 1) == 0
+    pictures = json.loads((tmp_path/'out'/'metrics.json').read_text())['pictures']
+    assert len(pictures) == 3
+    assert len({p[k].lower() for p in pictures for k in ('strip', 'final', 'codes')}) == 9
+
+
+def test_inputs_are_never_overwritten(good, faces):
+    save_image(faces[1], good/'good_strip.png')
+    before = {p.name: p.read_bytes() for p in good.iterdir()}
+    assert invert(good, '--out', good, '--steps', 1) == 0
+    assert all((good/k).read_bytes() == v for k, v in before.items())
+
+
+def test_early_stop(good, tmp_path):
+    invert(good, '--out', tmp_path/'out', '--tol', 1e9)
+    assert json.loads((tmp_path/'out'/'metrics.json').read_text())['pictures'][0]['steps_taken'] == 1
+
+
+def test_foreign_picture_is_said_to_be_one(tmp_path, capsys):
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)).gt(.5)*2.-1
+    save_image(noise, tmp_path/'noise.png')
+    assert invert(tmp_path/'noise.png', '--out', tmp_path/'out') == 0
+    assert 'does not look like a picture of this model' in capsys.readouterr().out
+
+
+def test_held_out_pictures_are_not_foreign(faces, tmp_path, capsys):
+    x = held_out()[-8:]
+    (tmp_path/'in').mkdir()
+    for i, o in enumerate(x): save_image(o, tmp_path/'in'/f'{i}.png')
+    assert invert(tmp_path/'in', '--out', tmp_path/'out') == 0
+    assert 'does not look' not in capsys.readouterr().out
+
+
+# --- bad input: one line that names the file, exit code 2, the good picture done
+
+def text_named_png(p): p.write_text('no picture at all\n'*20)
+def truncated_jpeg(p):
+    Image.linear_gradient('L').convert('RGB').resize((256, 256)).save(p, 'JPEG', quality=95)
+    p.write_bytes(p.read_bytes()[:2000])
+def one_pixel(p): Image.new('RGB', (1, 1)).save(p, 'PNG')
+def nothing(p): p.write_bytes(b'')
+def bomb(p): Image.new('1', (20000, 20000)).save(p, 'PNG')
+
+
+@pytest.mark.parametrize('make,name', [(text_named_png, 'text.png'), (truncated_jpeg, 'cut.jpg'), (one_pixel, 'dot.png'), (nothing, 'nothing.png'),
+                                       (bomb, 'bomb.png'), (text_named_png, 'two\nlines.png')])
+def test_bad_picture_beside_a_good_one(good, tmp_path, capsys, make, name):
+    make(good/name)
+    assert invert(good, '--out', tmp_path/'out', '--steps', 1) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and name.replace('\n', ' ') in lines[0] and ';' in lines[0]
+    assert (tmp_path/'out'/'good_final.png').exists()
+    assert json.loads((tmp_path/'out'/'metrics.json').read_text())['n_images'] == 1
+
+
+def test_missing_path(good, tmp_path, capsys):
+    assert invert(tmp_path/'nowhere.png', good, '--out', tmp_path/'out', '--steps', 1) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'nowhere.png: no such file or folder' in lines[0]
+    assert (tmp_path/'out'/'good_final.png').exists()
+
+
+def test_empty_folder(good, tmp_path, capsys):
+    (tmp_path/'empty').mkdir()
+    assert invert(tmp_path/'empty', good, '--out', tmp_path/'out', '--steps', 1) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'empty' in lines[0] and 'no pictures' in lines[0]
+    assert (tmp_path/'out'/'good_final.png').exists()
+
+
+def test_only_an_empty_folder(tmp_path, capsys):
+    (tmp_path/'empty').mkdir()
+    assert invert(tmp_path/'empty', '--out', tmp_path/'out') == 2
+    assert len(complaints(capsys)) == 1
+
+
+def test_a_pipe_does_not_hang(tmp_path, capsys):
+    os.mkfifo(tmp_path/'pipe.png')
+    assert invert(tmp_path/'pipe.png', '--out', tmp_path/'out') == 2
+    assert len(complaints(capsys)) == 1
+
+
+@pytest.mark.parametrize('command', ['demo', 'invert'])
+@pytest.mark.parametrize('where', ['below a file', 'a file', '/proc/restyle'])
+def test_folder_that_cannot_be_written(good, tmp_path, capsys, command, where):
+    if where.startswith('/proc') and not sys.platform.startswith('linux'): where = 'a file'
+    file = tmp_path/'file'
+    file.write_text('')
+    out = {'below a file': file/'out', 'a file': file}.get(where, where)
+    code = invert(good, '--out', out) if command == 'invert' else restyle_demo(['--out', str(out)])
+    lines = complaints(capsys)
+    assert code == 2 and len(lines) == 1 and str(out) in lines[0] and 'folder' in lines[0]
+
+
+@pytest.mark.parametrize('words,says', [(['--model', 'no-such-model'], 'no-such-model'), (['--device', 'abacus'], 'abacus')])
+def test_model_and_device_that_are_not_there(good, tmp_path, capsys, words, says):
+    assert restyle_invert([str(good), '--out', str(tmp_path/'out'), *words]) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and says in lines[0]
+
+
+def test_model_file_that_is_none(good, tmp_path, capsys):
+    (tmp_path/'model.pt').write_text('<html>not found</html>'*10)
+    assert invert(good, '--out', tmp_path/'out', '--model', tmp_path/'model.pt') == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'model.pt' in lines[0]
+
+
+def test_a_saved_model_is_read(good, tmp_path):
+    from restyle_nb.checkpoints import save_restyle
+    save_restyle(load_model('faces64', 'cpu'), tmp_path/'mine.safetensors')
+    assert invert(good, '--out', tmp_path/'a', '--steps', 2, '--model', tmp_path/'mine.safetensors') == 0
+    assert invert(good, '--out', tmp_path/'b', '--steps', 2) == 0
+    a, b = (json.loads((tmp_path/o/'metrics.json').read_text())['steps'][2]['l2'] for o in 'ab')
+    assert abs(a-b) < 1e-4
+
+
+@pytest.mark.parametrize('words', [['--steps', '0'], ['--steps', 'many'], [], ['--tol']])
+def test_words_that_make_no_sense(tmp_path, words, capsys):
+    with pytest.raises(SystemExit) as e: restyle_invert((['x.png', '--out', str(tmp_path)] if words else [])+words)
+    assert e.value.code == 2
+    capsys.readouterr()
+
+
+def test_too_many_pictures_asked_for(tmp_path, capsys):
+    assert restyle_demo(['--out', str(tmp_path), '--n', '100000']) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and '100000' in lines[0]
+
+
+# --- from a shell: exit codes and memory
+
+MEASURED = '''
+import sys
+from restyle_nb.cli import restyle_demo, restyle_invert, peak_memory
+code = {command}(sys.argv[1:])
+print('peak', peak_memory())
+sys.exit(code)
+'''
+
+
+def shell(command, *words):
+    p = subprocess.run([sys.executable, '-c', MEASURED.format(command=command), *map(str, words)], capture_output=True, text=True, timeout=600)
+    assert 'Traceback' not in p.stderr, p.stderr
+    return p, float(p.stdout.split('peak')[-1]) if 'peak' in p.stdout else None
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+def test_enormous_picture(tmp_path, kind):
+    file = tmp_path/f'enormous.{kind.lower()}'
+    Image.linear_gradient('L').resize((8000, 8000)).convert('RGB').save(file, kind, **({'compress_level': 1} if kind == 'PNG' else {}))
+    p, peak = shell('restyle_invert', file, '--out', tmp_path/'out', '--steps', 1, '--device', 'cpu')
+    assert p.returncode == 0, p.stderr
+    assert (tmp_path/'out'/'enormous_final.png').exists()
+    assert peak < 1500
+
+
+def test_exit_code_reaches_the_shell(tmp_path):
+    p, _ = shell('restyle_invert', tmp_path/'nowhere.png', '--out', tmp_path/'out')
+    assert p.returncode == 2 and len(p.stderr.strip().splitlines()) == 1
+
+
+# --- the demo
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp('demo')
+    p, peak = shell('restyle_demo', '--out', out, '--device', 'cpu')
+    assert p.returncode == 0, p.stderr
+    return out, p.stdout, peak, json.loads((out/'metrics.json').read_text())
+
+
+def test_demo_writes_what_it_should(demo):
+    out, text, peak, m = demo
+    assert m['n_images'] == 256 and [r['step'] for r in m['steps']] == list(range(6))
+    for row in m['steps']+[m['single_pass'], m['average_image']]: assert ROW <= set(row) and row['n'] == 256
+    assert {k: m['steps'][0][k] for k in ROW} == m['average_image']
+    assert len(list(out.glob('strip_*.png'))) == 8
+    for name in m['pictures']: Image.open(out/name).verify()
+    assert set(m['pictures']) | {'metrics.json'} == {p.name for p in out.iterdir()}
+    assert {'torch', 'device', 'version', 'weights'} <= set(m)
+
+
+def test_demo_prints_its_numbers(demo):
+    _, text, _, m = demo
+    for row in m['steps']+[m['single_pass']]:
+        for k in ('l2', 'lpips'): assert f'{row[k]:.4f} ± {row[k+"_se"]:.4f}' in text
+
+
+def test_demo_fits_in_memory(demo): assert demo[2] < 1500
+
+
+def test_refinement_refines(demo):
+    "L2 and LPIPS fall at each of the first three steps"
+    steps = demo[3]['steps']
+    for k in ('l2', 'lpips'): assert steps[0][k] > steps[1][k] > steps[2][k] > steps[3][k]
+
+
+def test_restyle_beats_a_single_pass_of_equal_iterations(demo):
+    m = demo[3]
+    assert m['steps'][5]['lpips'] <= .9*m['single_pass']['lpips']
+
+
+def test_demo_is_repeatable(tmp_path):
+    "Same seed, same machine: same pictures and numbers"
+    runs = []
+    for o in 'ab':
+        assert restyle_demo(['--out', str(tmp_path/o), '--n', '8', '--strips', '2', '--device', 'cpu']) == 0
+        m = json.loads((tmp_path/o/'metrics.json').read_text())
+        runs.append((m['steps'], (tmp_path/o/'strip_00.png').read_bytes(), (tmp_path/o/'contact_sheet.png').read_bytes()))
+    assert runs[0] == runs[1]
