@@ -127,8 +127,10 @@ def kind_of_file(
     if head[:1] == b'\x80': return 'pickle'
     raise CheckpointError(f'{path}: neither safetensors nor a PyTorch file (begins with {head[:8]!r}); give a .safetensors, .pt or .pth file')
 
-# %% ../nbs/04_checkpoints.ipynb #3c2f8409
+# %% ../nbs/04_checkpoints.ipynb #3bbb1fd2
 def _load_pickle(path, zipped):
+    if not zipped and re.search(b'torch_utils.persistence|dnnlib', path.open('rb').read(2**16)):
+        raise CheckpointError(f"{path}: a network pickle of NVIDIA, which carries code and is not read yet; convert it to rosinality's format first")
     try:
         if zipped: _check_zip(path)
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
@@ -139,8 +141,6 @@ def _load_pickle(path, zipped):
         if not found:
             why = re.search(r'WeightsUnpickler error:\s*(\S.*)', str(e))
             raise CheckpointError(f'{path}: damaged or not a PyTorch file ({why[1].strip() if why else _first(e)}); fetch the file again') from e
-        if found[1].startswith(('torch_utils.', 'dnnlib.')):
-            raise CheckpointError(f'{path}: a network pickle of NVIDIA, which carries code (`{found[1]}`) and is not read yet; convert it to rosinality\'s format first') from e
         raise CheckpointError(f'{path}: wants to build a `{found[1]}`, which is code, not weights, and was refused. '
             'If you trust its author, load it with their code and save its state_dict; that file can be read here.') from e
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile) as e:
@@ -226,7 +226,7 @@ def _with_header(name, tensors, text):
         raise CheckpointError(f"{name}: format {v}, this version reads up to {FORMAT}; upgrade restyle_nb")
     return Source(name, tensors, header=header)
 
-# %% ../nbs/04_checkpoints.ipynb #0f08a284
+# %% ../nbs/04_checkpoints.ipynb #96addbdc
 def assemble(
     make,            # Function that builds the module
     tensors:dict,    # Our names: tensors
@@ -248,20 +248,20 @@ def assemble(
     wrong = wrong or [f'{name(k)!r}: holds NaN or infinity' for k, v in tensors.items() if not v.isfinite().all()]
     if wrong: raise CheckpointError(f'{where}: {len(wrong)} of {len(want)} tensors do not fit. {"; ".join(wrong[:4])}{" …" if len(wrong) > 4 else ""}. '
                                     'Is the file complete, and of a supported architecture?')
-    tensors = {k: v.to(want[k].dtype, copy=True).contiguous() for k, v in tensors.items()}
+    for k, v in tensors.items(): tensors[k] = v.to(want[k].dtype, copy=True).contiguous()
     module.load_state_dict(tensors, assign=True)
     if any(o.is_meta for o in (*module.parameters(), *module.buffers())):
         module = make()
         module.load_state_dict(tensors)
     return module.eval()
 
-# %% ../nbs/04_checkpoints.ipynb #981fee15
+# %% ../nbs/04_checkpoints.ipynb #0ae915b5
 def _own(source, kind):
     "Tensors and configuration of one kind of thing in a file of ours."
     has, config = source.header['kind'], source.header['config']
     if has == kind: return source.tensors, config
     if has == 'restyle' and kind in config: return _below(kind + '.', source.tensors), config[kind]
-    raise CheckpointError(f'{source.name}: holds a {has}, asked for a {kind}; read it with read_{has}')
+    raise CheckpointError(f'{source.name}: holds {has!r}, asked for {kind!r}; read it with read_{has}')
 
 def _sane(config, where):
     "A header is only text: refuse numbers that no network has before building anything."
@@ -326,7 +326,7 @@ def generator_plan(
                 z_dim=shape('style.1.weight', 2)[1] if n_mlp else style_dim, image_channels=shape('to_rgb1.conv.weight', 5)[1],
                 const_size=const[2:])
 
-# %% ../nbs/04_checkpoints.ipynb #6c896167
+# %% ../nbs/04_checkpoints.ipynb #48ede348
 RENAME = [(r'^style\.(\d+)\.',    lambda m: f'mapping.{int(m[1])-1}.'),
           (r'^convs\.(\d+)\.',    lambda m: f'convs.{int(m[1])+1}.'),
           (r'^conv1\.',           'convs.0.'),
@@ -350,7 +350,6 @@ def generator_tensor(
     for a, b in RENAME: name = re.sub(a, b, name)
     return name, t
 
-# %% ../nbs/04_checkpoints.ipynb #c80b173e
 def published_name(
     name:str, # Our name
 )->str:       # Rosinality's

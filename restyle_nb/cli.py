@@ -10,8 +10,8 @@ __all__ = ['SINGLES', 'KINDS', 'Refused', 'one_line', 'complain', 'contact_sheet
 # %% ../nbs/16_cli.ipynb #292ef69c
 import os
 
-# %% ../nbs/16_cli.ipynb #78a66a9b
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read when torch is loaded: on a busy machine threads that spin while they wait are slower than one
+# %% ../nbs/16_cli.ipynb #56ae935e
+os.environ['OMP_WAIT_POLICY'] = os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')  # read when torch loads: on a busy machine, threads that spin while they wait cost more than they bring
 
 # %% ../nbs/16_cli.ipynb #09fcb6de
 import argparse, json, sys, time
@@ -267,7 +267,7 @@ def invert_file(
     return dict(file=one_line(path), **{k:p.name for k,p in names.items()}, steps_taken=taken, best_step=int(inv.best[0]),
                 **{k:[round(q, 6) for q in v[:,0].tolist()] for k,v in s.items()}), s
 
-# %% ../nbs/16_cli.ipynb #21cf3583
+# %% ../nbs/16_cli.ipynb #6040d636
 def invert_files(
     paths,             # Files and folders
     out,               # Folder for the results
@@ -279,7 +279,7 @@ def invert_files(
     bad=print,         # Called with one line for each picture that could not be done
 ):                     # What `metrics.json` holds, and the number of complaints
     "Invert pictures; a bad one costs a line, never the others"
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     out = make_folder(out)
     files,lines = find_pictures(paths)
     for l in lines: bad(l)
@@ -292,8 +292,9 @@ def invert_files(
         except ValueError as e: bad(_line(e, f)); wrong += 1; continue   # ImageError is one of these
         last = record['l2'][-1]
         record['foreign'] = None if limit is None else last>limit
-        say(f'{one_line(f)}: L2 {last:.4f}, LPIPS {record["lpips"][-1]:.4f}, {names["strip"].name}')
-        if record['foreign']: say(f'{one_line(f)}: does not look like a picture of this model\'s domain: L2 {last:.3f}, pictures of the domain stay below {limit:.3f}')
+        with tqdm.external_write_mode():
+            say(f'{one_line(f)}: L2 {last:.4f}, LPIPS {record["lpips"][-1]:.4f}, {names["strip"].name}')
+            if record['foreign']: say(f'{one_line(f)}: does not look like a picture of this model\'s domain: L2 {last:.3f}, pictures of the domain stay below {limit:.3f}')
         done.append(record); scores.append(s)
     report = dict(model=one_line(model), n_images=len(done), n_steps=n_steps, steps=_mean_rows(scores), pictures=done, **_facts(next(net.parameters()).device))
     _write_json(out/'metrics.json', report)

@@ -33,7 +33,7 @@ class _Linear(nn.Module):
         h = torch.baddbmm(self.bias[:,None], h.transpose(0,1)*self.scale, self.weight.mT)
         return h.transpose(0,1).contiguous()
 
-# %% ../nbs/02_encoders.ipynb #5204af01
+# %% ../nbs/02_encoders.ipynb #e3532543
 class SimpleHead(nn.Module):
     "`k` map2style blocks on the last feature map (§4.1, Fig. 3, App. A.1): (B,in_channels,h,w) to (B,n_styles,style_dim)"
     def __init__(self,
@@ -54,14 +54,19 @@ class SimpleHead(nn.Module):
 
     def forward(self, f): # (b,c,h,w)
         for i,conv in enumerate(self.convs):
-            f = _batched(f, conv) if i and self.width>128 else conv(f)
+            f = conv(f) if self.width<=128 else _batched(f, conv) if i else _first(f, conv, self.n_styles)
             f = F.leaky_relu(f, .01)
         if f.shape[-2:]!=(1,1):
             raise ValueError(f'SimpleHead: {len(self.convs)} halvings leave a {f.shape[-2]}x{f.shape[-1]} map, expected 1x1; '
                 f'it was built for maps up to {self.spatial}: build it for your picture (`input_size=`), or resize the picture')
         return self.linear(f.view(len(f), self.n_styles, self.width)) # (b,k,d)
 
-# %% ../nbs/02_encoders.ipynb #27d22ed4
+# %% ../nbs/02_encoders.ipynb #9be29026
+def _first(x, conv, k):
+    "A wide 3x3 convolution of stride 2; on a CPU in k pieces, whose weights fit its caches"
+    if x.device.type!='cpu': return conv(x)
+    return torch.cat([F.conv2d(x, w, b, stride=2, padding=1) for w,b in zip(conv.weight.chunk(k), conv.bias.chunk(k))], 1)
+
 def _batched(x, conv):
     "A grouped 3x3 convolution of stride 2 as one batched matrix product"
     (b,_,h,w),k = x.shape,conv.groups

@@ -299,7 +299,7 @@ def _decode(paths, size, channels, on_error):
     if not kept: raise ImageError(f'{paths[0].parent if paths else "the list of files"}: no picture could be read; use PNG, JPEG or WebP files')
     return u[:len(kept)], kept
 
-# %% ../nbs/00_images.ipynb #84600a9e
+# %% ../nbs/00_images.ipynb #7fb96e83
 def load_folder(
     paths,             # Folder, or list of picture files
     size,              # (H,W) or int: each is cut and resized to this
@@ -313,7 +313,14 @@ def load_folder(
 
 class ImageFolder(torch.utils.data.Dataset):
     "Pictures of a folder (or list of files), decoded once: `data` uint8 (N,C,H,W), `paths` the N files read. With `flip` item i+N mirrors item i."
-    def __init__(self, paths, size, channels=3, flip=False, cache=None, on_error='raise'):
+    def __init__(self,
+        paths,             # Folder, or list of picture files
+        size,              # (H,W) or int: each is cut and resized to this
+        channels=3,        # 1 to 4
+        flip=False,        # Mirrored pictures too? Twice as many items
+        cache=None,        # File to keep the decoded pictures in, .safetensors
+        on_error='raise',  # As in `load_folder`; a cache that fits reports no bad pictures again
+    ):
         self.flip = flip
         self.data,self.paths = _cached(cache, paths, size, channels, on_error)
     def __len__(self): return len(self.data) * (1+self.flip)
@@ -421,7 +428,7 @@ def read_sheet(
     u = a.reshape(rows, h, cols, w, -1).permute(0,2,4,1,3).reshape(rows*cols, -1, h, w)
     return u[:n or count].contiguous()
 
-# %% ../nbs/00_images.ipynb #b8e2bbda
+# %% ../nbs/00_images.ipynb #5bfe8974
 @dataclass(frozen=True)
 class Geometry:
     "Sizes around the loop: encoder input (H,W), generator output (H,W), and the content box (top,left,bottom,right) in output pixels."
@@ -438,8 +445,11 @@ class Geometry:
         if not (0 <= t < b <= self.output[0] and 0 <= l < r <= self.output[1]):
             raise ValueError(f'Geometry: box {self.box} does not lie in the output {self.output}; give (top,left,bottom,right) in output pixels')
     @classmethod
-    def for_generator(cls, size, encoder=None):
-        "Square generator of `size` pixels; the encoder sees at most 256 of them a side."
+    def for_generator(cls,
+        size,          # Generator output, pixels, int or (H,W)
+        encoder=None,  # Encoder input, int or (H,W); None: `size`, at most 256 a side
+    ):
+        "No box: the encoder sees all of the generator's output."
         return cls(encoder or tuple(min(o, 256) for o in _pair(size)), size)
     def to_dict(self): return dict(encoder=list(self.encoder), output=list(self.output), box=self.box and list(self.box))
     @classmethod

@@ -17,7 +17,7 @@ from .losses import Objective
 # %% ../nbs/07_training.ipynb #d370fcb7
 class TrainingError(RuntimeError): "Training cannot start or go on; the message says why and what to do."
 
-# %% ../nbs/07_training.ipynb #4c36a916
+# %% ../nbs/07_training.ipynb #4b9dc32a
 class Trainer:
     "Trains `net.encoder` by N refinement steps a batch; the generator stays as it is. Same seed, same machine: same weights, interrupted or not."
     def __init__(self,
@@ -49,7 +49,7 @@ class Trainer:
         self.__dict__.update(self.config)
         self.net, self.data, self.val, self.folder = net, data, val, folder and Path(folder)
         self.objective = Objective() if objective is None else objective
-        self.iteration, self.best, self.history, self.sums, self.since = 0, math.inf, History(), None, 0
+        self.iteration, self.best, self.history, self.sums, self.since, self._mine = 0, math.inf, History(), None, 0, False
         self.device = torch.device(device) if device is not None else next(net.encoder.parameters()).device
         self._check_arguments()
         self._arrange(optimizer or adam)
@@ -271,7 +271,7 @@ def plot(self:History,
     if rows: ax.legend(fontsize=7, ncols=2)
     return ax
 
-# %% ../nbs/07_training.ipynb #b8f75e3f
+# %% ../nbs/07_training.ipynb #f1666500
 def _write(state, path):
     "The file is either the old one or the new one, whenever the power fails."
     part = path.with_name(path.name + '.part')
@@ -289,6 +289,7 @@ def save(self:Trainer):
     if not torch.stack([p.detach().isfinite().all() for p in self.params]).all(): self._stop('a weight of the encoder is not finite')
     _write(dict(format=1, config=self.config, iteration=self.iteration, encoder=self.net.encoder.state_dict(), optimizer=self.optimizer.state_dict(),
                 best=self.best, history=self.history.rows, sums=self.sums, since=self.since, world=self._world()), self.folder/'last.pt')
+    self._mine = True
 
 @patch
 def _world(self:Trainer):
@@ -296,7 +297,7 @@ def _world(self:Trainer):
     x = self.loader.batch(0).cpu()
     return dict(pictures=self.loader.n, shape=list(x.shape[1:]), first_sum=float(x.double().sum()), losses={k: v[0] for k, v in self.objective.terms.items()})
 
-# %% ../nbs/07_training.ipynb #63c69cc6
+# %% ../nbs/07_training.ipynb #18d95971
 def _read(path):
     path = Path(path)
     if not path.is_file(): raise TrainingError(f'{path}: no checkpoint to resume; begin with Trainer(…, folder={str(path.parent)!r}).fit()')
@@ -313,7 +314,7 @@ def _load(self:Trainer, state):
     except (RuntimeError, ValueError) as e: raise TrainingError(f'{self.folder}: the checkpoint does not fit this encoder: {str(e)[:300]}') from None
     self.iteration, self.best, self.since, self.history = state['iteration'], state['best'], state['since'], History(state['history'])
     self.sums = None if state['sums'] is None else state['sums'].to(self.device)
-    part = self.folder/'history.jsonl.part'
+    self._mine, part = True, self.folder/'history.jsonl.part'
     part.write_text(''.join(json.dumps(r) + '\n' for r in self.history.rows))
     os.replace(part, self.folder/'history.jsonl')
 
@@ -345,7 +346,7 @@ def resume(cls:Trainer,
     t._load(state)
     return t
 
-# %% ../nbs/07_training.ipynb #dc8ea11c
+# %% ../nbs/07_training.ipynb #bf4b5d82
 @patch
 def preflight(self:Trainer):
     "Look at data, sizes, values, first loss and folder before anything is spent. `TrainingError` with the remedy."
@@ -368,7 +369,7 @@ def preflight(self:Trainer):
 
 @patch
 def _check_folder(self:Trainer):
-    if not self.iteration and (self.folder/'last.pt').exists():
+    if not self._mine and (self.folder/'last.pt').exists():
         raise TrainingError(f'{self.folder} holds another run; go on with Trainer.resume or choose another folder')
     try:
         self.folder.mkdir(parents=True, exist_ok=True)

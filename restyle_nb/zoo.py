@@ -61,11 +61,11 @@ def list_models(
     "The models that `load_model` knows by name."
     return Cards(c for c in list_files(folder) if c.get('kind') in ('restyle', 'single'))
 
-# %% ../nbs/05_zoo.ipynb #1eda4c57
+# %% ../nbs/05_zoo.ipynb #c6ed5d5a
 def write_card(
     path,        # File to describe; its card goes to `weights.json` beside it
     name:str,    # Name users load it by, such as 'faces64'
-    kind:str,    # 'restyle', 'single', 'generator', 'pictures', 'attributes' or 'features'
+    kind:str,    # 'restyle', 'single', 'generator', 'pictures', 'attributes', 'features', …
     origin:str,  # Where it comes from
     licence:str, # Under which licence
     recipe:str,  # Notebook that makes it

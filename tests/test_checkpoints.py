@@ -88,7 +88,7 @@ def test_folder_that_cannot_be(g, tmp_path):
 
 def test_wrong_kind(net, tmp_path):
     p = save_encoder(net, tmp_path/'e.safetensors')
-    refused(lambda: read_generator(p), 'holds a encoder', 'read_encoder')
+    refused(lambda: read_generator(p), "holds 'encoder'", 'read_encoder')
     refused(lambda: read_restyle(p), 'generator=')
 
 def test_folded_encoder_is_not_saved(tmp_path):
@@ -268,11 +268,12 @@ def test_nothing_in_a_file_is_run(released, tmp_path, how):
 class Persistent: pass
 Persistent.__module__, Persistent.__qualname__ = 'torch_utils.persistence', 'Persistent'
 
-def test_nvidia_pickle_is_named(tmp_path):
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_nvidia_pickle_is_named(tmp_path, protocol):
     import sys, types
     m = types.ModuleType('torch_utils.persistence'); m.Persistent = Persistent
     sys.modules |= {'torch_utils': types.ModuleType('torch_utils'), 'torch_utils.persistence': m}
-    try: (tmp_path/'net.pkl').write_bytes(pickle.dumps({'G_ema': Persistent(), 'more': b'x'*100}, protocol=2))
+    try: (tmp_path/'net.pkl').write_bytes(pickle.dumps({'G_ema': Persistent(), 'more': b'x'*100}, protocol=protocol))
     finally: del sys.modules['torch_utils'], sys.modules['torch_utils.persistence']
     refused(lambda: read_generator(tmp_path/'net.pkl'), 'net.pkl', 'NVIDIA')
 

@@ -1,5 +1,5 @@
 "What is no lesson about pictures: every kind of file, bad input, limits of memory, resuming."
-import io, os, subprocess, sys
+import io, os, struct, subprocess, sys, zlib
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -147,33 +147,29 @@ def test_bad_files(tmp_path, rgb):
 def test_every_cut_of_a_file_is_an_imageerror(rgb):
     for fmt in ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'):
         b = packed(rgb, fmt)
-        for n in range(0, len(b)-40, 37):
+        for n in range(0, len(b), 37):
             try: load_image(b[:n], 16)
             except ImageError: pass
 
 def test_too_many_pixels(tmp_path, capfd):
     for side in (10_100, 20_000):
         b = bytearray(packed(Image.new('1', (8,8))))
-        import struct, zlib
         b[16:24] = struct.pack('>II', side, side)
         b[29:33] = struct.pack('>I', zlib.crc32(b[12:29]))
         (tmp_path/'huge.png').write_bytes(b)
         one_line(lambda: load_image(tmp_path/'huge.png', 64), 'huge.png', '100 million')
     assert capfd.readouterr().err == ''
 
-@pytest.mark.parametrize('mode,size', [('RGBA',256), ('RGB',None)])
-def test_8000_square_fits_in_memory(tmp_path, mode, size):
-    "Under 1.5 GB with everything imported; a few seconds each."
-    p = tmp_path/'big.png'
-    Image.new(mode, (8000,8000)).save(p, compress_level=1)
+def test_8000_square_fits_in_memory(tmp_path):
+    "Under 1.5 GB with everything imported; a few seconds."
+    for mode in ('RGB', 'RGBA'): Image.new(mode, (8000,8000)).save(tmp_path/f'{mode}.png', compress_level=1)
     code = f'''import resource
 from restyle_nb.images import load_image
-x = load_image({str(p)!r}, {size})
-print(tuple(x.shape), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'''
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(I.__file__).parent.parent, check=True).stdout
-    shape,kb = out.rsplit(' ', 1)
-    assert shape == str((3, size or 4096, size or 4096))
-    if sys.platform == 'linux': assert int(kb) < 1.5e6, f'{int(kb)/1e6:.2f} GB'
+print(load_image({str(tmp_path/'RGBA.png')!r}, 256).shape[-1], load_image({str(tmp_path/'RGB.png')!r}).shape[-1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(I.__file__).parent.parent, check=True).stdout.split()
+    assert out[:2] == ['256', '4096']
+    if sys.platform == 'linux': assert int(out[2]) < 1.5e6, f'{int(out[2])/1e6:.2f} GB'
 
 def test_long_pictures_shrink_without_a_size(tmp_path):
     assert load_image(packed(Image.new('L', (8192,100)))).shape == (3,50,4096)
