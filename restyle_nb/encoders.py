@@ -33,7 +33,7 @@ class _Linear(nn.Module):
         h = torch.baddbmm(self.bias[:,None], h.transpose(0,1)*self.scale, self.weight.mT)
         return h.transpose(0,1).contiguous()
 
-# %% ../nbs/02_encoders.ipynb #e3532543
+# %% ../nbs/02_encoders.ipynb #c20dab0a
 class SimpleHead(nn.Module):
     "`k` map2style blocks on the last feature map (§4.1, Fig. 3, App. A.1): (B,in_channels,h,w) to (B,n_styles,style_dim)"
     def __init__(self,
@@ -53,20 +53,14 @@ class SimpleHead(nn.Module):
         self.config = dict(n_styles=n_styles, style_dim=style_dim, spatial=list(self.spatial), width=self.width)
 
     def forward(self, f): # (b,c,h,w)
-        for i,conv in enumerate(self.convs):
-            f = conv(f) if self.width<=128 else _batched(f, conv) if i else _first(f, conv, self.n_styles)
-            f = F.leaky_relu(f, .01)
+        for conv in self.convs:
+            f = F.leaky_relu(conv(f) if self.width<=128 else _wide(f, conv, self.n_styles), .01)
         if f.shape[-2:]!=(1,1):
             raise ValueError(f'SimpleHead: {len(self.convs)} halvings leave a {f.shape[-2]}x{f.shape[-1]} map, expected 1x1; '
                 f'it was built for maps up to {self.spatial}: build it for your picture (`input_size=`), or resize the picture')
         return self.linear(f.view(len(f), self.n_styles, self.width)) # (b,k,d)
 
-# %% ../nbs/02_encoders.ipynb #9be29026
-def _first(x, conv, k):
-    "A wide 3x3 convolution of stride 2; on a CPU in k pieces, whose weights fit its caches"
-    if x.device.type!='cpu': return conv(x)
-    return torch.cat([F.conv2d(x, w, b, stride=2, padding=1) for w,b in zip(conv.weight.chunk(k), conv.bias.chunk(k))], 1)
-
+# %% ../nbs/02_encoders.ipynb #35fd6f56
 def _batched(x, conv):
     "A grouped 3x3 convolution of stride 2 as one batched matrix product"
     (b,_,h,w),k = x.shape,conv.groups
@@ -75,6 +69,14 @@ def _batched(x, conv):
     cols = cols.permute(1,0,3,2).reshape(k, b*h*w, -1)
     y = torch.baddbmm(conv.bias.view(k,1,-1), cols, conv.weight.reshape(k, conv.out_channels//k, -1).mT)
     return y.view(k, b, h, w, -1).permute(1,0,4,2,3).reshape(b, -1, h, w)
+
+def _wide(x, conv, k, rows=32):
+    "A convolution of `k` wide blocks, in the form that suits the device and the number of pixels written"
+    (b,_,h,w),shared,cpu = x.shape,conv.groups==1,x.device.type=='cpu'
+    if shared and not cpu: return conv(x)
+    if not shared and (not cpu or b*((h+1)//2)*((w+1)//2)<=rows): return _batched(x, conv)
+    xs = [x]*k if shared else x.chunk(k, 1)
+    return torch.cat([F.conv2d(x, w, b, stride=2, padding=1) for x,w,b in zip(xs, conv.weight.chunk(k), conv.bias.chunk(k))], 1)
 
 # %% ../nbs/02_encoders.ipynb #61a7503c
 @patch
