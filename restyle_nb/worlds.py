@@ -101,8 +101,8 @@ def head_mesh(path=None):
     d['flat'] = d['targets'].astype(np.float32).reshape(len(d['names']), -1)
     return d
 
-# %% ../nbs/15_worlds.ipynb #5bde1afc
-Z_DIM = 76
+# %% ../nbs/15_worlds.ipynb #cd623ea4
+Z_DIM = 76   # 74 are drawn from, two are room
 def _smooth(a, b, x):
     t = np.clip((x-a)/(b-a), 0, 1); return t*t*(3-2*t)
 
