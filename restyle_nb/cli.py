@@ -14,7 +14,7 @@ import os
 os.environ['OMP_WAIT_POLICY'] = os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')  # read when torch loads: on a busy machine, threads that spin while they wait cost more than they bring
 
 # %% ../nbs/16_cli.ipynb #09fcb6de
-import argparse, json, sys, time
+import argparse, json, re, sys, time
 from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -111,6 +111,8 @@ def _facts(device):
 
 def peak_memory():
     "Largest resident memory of this process so far, in megabytes; None where the system does not tell"
+    status = Path('/proc/self/status')      # getrusage would count the parent's memory too, where this process was forked from it
+    if status.exists(): return int(re.search(r'VmHWM:\s*(\d+)', status.read_text())[1])/2**10
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
