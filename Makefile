@@ -46,7 +46,7 @@ lab: venv  ## open the notebooks in JupyterLab
 
 # ---- checking it, in the order that fails fastest
 
-STEPS := test-exports test-wheel test-notebooks test-outputs test-python
+STEPS := test-exports test-wheel test-notebooks test-outputs docs test-python
 test: venv  ## everything a change must pass
 	@for step in $(STEPS); do \
 		echo "== $$step"; start=$$SECONDS; \

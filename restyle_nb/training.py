@@ -135,7 +135,7 @@ def adam(params, lr): return torch.optim.Adam(params, lr, fused=params[0].device
 def fit(self:Trainer,
     n:int|None=None,    # Iterations to do now; None: up to `iterations`
     progress=None,      # None: a bar if stderr is a terminal; True: elsewhere a line a minute; False: silence
-)->'History':           # The history so far
+):                     # `History` so far
     "Train, log, validate and save. `TrainingError` before the first step if data or model do not fit, later if a loss is not finite."
     if n is None and self.iterations is None: raise TrainingError('how long? give fit(n) or Trainer(iterations=…)')
     end = self.iterations if n is None else self.iteration + n
