@@ -8,7 +8,7 @@ __all__ = ['lrelu', 'unit_norm', 'EqualLinear', 'blur', 'upsample', 'ModulatedCo
            'g_loss', 'd_loss', 'r1_penalty']
 
 # %% ../nbs/01_generator.ipynb #ce69d950
-import math
+import copy, math
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -119,12 +119,12 @@ class StyledConv(ModulatedConv):
     ):
         super().__init__(n_in, n_out, 3, style_dim, up)
         self.bias = nn.Parameter(torch.zeros(n_out))
-        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.noise_strength, self.clamp = nn.Parameter(torch.zeros(())), None
 
     def forward(self, x, w, noise=None):
         y = super().forward(x, w)
         if noise is not None: y = y + self.noise_strength * noise
-        return lrelu(y + self.bias[:, None, None])
+        return _clamp(lrelu(y + self.bias[:, None, None]), self.clamp)
 
 class ToImage(ModulatedConv):
     "Features to pixels: a 1×1 modulated convolution without demodulation, and a bias."
@@ -134,9 +134,11 @@ class ToImage(ModulatedConv):
         style_dim:int,      # Width of a style code
     ):
         super().__init__(n_in, image_channels, 1, style_dim, demodulate=False)
-        self.bias = nn.Parameter(torch.zeros(image_channels))
+        self.bias, self.clamp = nn.Parameter(torch.zeros(image_channels)), None
 
-    def forward(self, x, w): return super().forward(x, w) + self.bias[:, None, None]
+    def forward(self, x, w): return _clamp(super().forward(x, w) + self.bias[:, None, None], self.clamp)
+
+def _clamp(y, limit): return y if limit is None else y.clamp(-limit, limit)
 
 # %% ../nbs/01_generator.ipynb #c738a1f9
 def default_channels(
@@ -173,6 +175,7 @@ class Generator(nn.Module):
         image_channels:int=3,      # 1 to 4 planes of the image
         mapping_lr:float=.01,      # Relative learning speed of the mapping network
         const_size:tuple=(4, 4),   # Height and width of the learned constant
+        conv_clamp:float|None=None, # Largest size of an activation; NVIDIA trains with 256, for the sake of half precision
     ):
         super().__init__()
         const_size, z_dim = tuple(int(n) for n in const_size), z_dim or style_dim
@@ -181,11 +184,12 @@ class Generator(nn.Module):
         self.resolutions = _levels(size, const_size)
         table = _widths(channels, self.resolutions, channel_multiplier)
         self.config = dict(size=size, style_dim=style_dim, n_mlp=n_mlp, channels=table, channel_multiplier=channel_multiplier,
-            z_dim=z_dim, image_channels=image_channels, mapping_lr=mapping_lr, const_size=const_size)
+            z_dim=z_dim, image_channels=image_channels, mapping_lr=mapping_lr, const_size=const_size, conv_clamp=conv_clamp)
         self.size, self.style_dim, self.z_dim, self.image_channels = size, style_dim, z_dim, image_channels
         self.n_styles, self.shapes = 2 * len(table), [tuple(n << j for n in const_size) for j in range(len(table))]
         self.mapping = nn.Sequential(*[EqualLinear(style_dim if i else z_dim, style_dim, mapping_lr, activate=True) for i in range(n_mlp)])
         self._layers(list(table.values()), const_size)
+        for o in (*self.convs, *self.to_images): o.clamp = conv_clamp
         self.register_buffer('latent_avg', torch.zeros(self.n_styles, style_dim))
 
     def _layers(self, ch, const_size):
@@ -266,9 +270,16 @@ def estimate_latent_avg(self:Generator,
     n:int=10000, # Number of samples
     seed:int=0,  # Their seed
 )->torch.Tensor: # Average code (n_styles,style_dim)
-    "Set `latent_avg` to the mean code of `n` seeded samples, and return it."
-    z = torch.randn(n, self.z_dim, generator=torch.Generator().manual_seed(seed)).to(self.const)
-    self.latent_avg.copy_(torch.cat([self.map(o) for o in z.split(1000)]).mean(0))
+    "Set `latent_avg` to the mean code of `n` seeded samples, and return it; `latent_avg_error` is its standard error. The same on every device."
+    z = torch.randn(n, self.z_dim, generator=torch.Generator().manual_seed(seed))
+    mapping = copy.deepcopy(self.mapping).to('cpu', torch.double)
+    total = torch.zeros(2, self.style_dim, dtype=torch.double)
+    for o in z.split(1000):
+        w = mapping(unit_norm(o.double()))
+        total += torch.stack([w.sum(0), w.square().sum(0)])
+    mean, square = total / n
+    self.latent_avg.copy_(mean)
+    self.latent_avg_error = ((square - mean.square()).clamp_min(0).mean() / n).sqrt().item()
     return self.latent_avg
 
 @patch

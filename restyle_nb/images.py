@@ -428,7 +428,7 @@ def read_sheet(
     u = a.reshape(rows, h, cols, w, -1).permute(0,2,4,1,3).reshape(rows*cols, -1, h, w)
     return u[:n or count].contiguous()
 
-# %% ../nbs/00_images.ipynb #5bfe8974
+# %% ../nbs/00_images.ipynb #bc6441c5
 @dataclass(frozen=True)
 class Geometry:
     "Sizes around the loop: encoder input (H,W), generator output (H,W), and the content box (top,left,bottom,right) in output pixels."
@@ -439,18 +439,20 @@ class Geometry:
         put = lambda k,v: object.__setattr__(self, k, v)
         put('encoder', _pair(self.encoder))
         put('output', _pair(self.output))
-        if self.box is None: return
-        put('box', _pair(self.box))
-        t,l,b,r = self.box
+        put('box', self.box and _pair(self.box))
+        t,l,b,r = self.box or (0,0,*self.output)
         if not (0 <= t < b <= self.output[0] and 0 <= l < r <= self.output[1]):
             raise ValueError(f'Geometry: box {self.box} does not lie in the output {self.output}; give (top,left,bottom,right) in output pixels')
+        (h,w),seen = self.encoder,(b-t)/(r-l)
+        if abs(h-w*seen) > max(1, .02*h): warnings.warn(f'Geometry: the encoder looks at {h}x{w} pixels, but what the generator paints is {b-t}x{r-l}, of another aspect ratio', stacklevel=3)
     @classmethod
     def for_generator(cls,
         size,          # Generator output, pixels, int or (H,W)
-        encoder=None,  # Encoder input, int or (H,W); None: `size`, at most 256 a side
+        encoder=None,  # Encoder input, int or (H,W); None: `size`, shrunk to at most 256 a side
     ):
         "No box: the encoder sees all of the generator's output."
-        return cls(encoder or tuple(min(o, 256) for o in _pair(size)), size)
+        s = min(1, 256/max(_pair(size)))
+        return cls(encoder or tuple(max(1, round(o*s)) for o in _pair(size)), size)
     def to_dict(self): return dict(encoder=list(self.encoder), output=list(self.output), box=self.box and list(self.box))
     @classmethod
     def from_dict(cls, d): return cls(**d)

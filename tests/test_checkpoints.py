@@ -174,7 +174,7 @@ def test_damage_is_named(published, name, change, words):
 
 def test_not_a_generator():
     refused(lambda: read_generator({}), 'no tensors')
-    refused(lambda: read_generator({'synthesis.b4.const': torch.zeros(2)}), 'NVIDIA')
+    refused(lambda: read_generator({'synthesis.b4.const': torch.zeros(2), 'synthesis.b4.torgb.weight': torch.zeros(2)}), 'synthesis.b4.const', '3 dimensions')
     refused(lambda: read_generator({'conv1.weight': torch.zeros(64, 3, 7, 7)}), 'no generator')
     refused(lambda: read_generator(3), 'int')
 
@@ -269,13 +269,13 @@ class Persistent: pass
 Persistent.__module__, Persistent.__qualname__ = 'torch_utils.persistence', 'Persistent'
 
 @pytest.mark.parametrize('protocol', [2, 4])
-def test_nvidia_pickle_is_named(tmp_path, protocol):
+def test_unknown_nvidia_class_is_refused(tmp_path, protocol):
     import sys, types
     m = types.ModuleType('torch_utils.persistence'); m.Persistent = Persistent
     sys.modules |= {'torch_utils': types.ModuleType('torch_utils'), 'torch_utils.persistence': m}
     try: (tmp_path/'net.pkl').write_bytes(pickle.dumps({'G_ema': Persistent(), 'more': b'x'*100}, protocol=protocol))
     finally: del sys.modules['torch_utils'], sys.modules['torch_utils.persistence']
-    refused(lambda: read_generator(tmp_path/'net.pkl'), 'net.pkl', 'NVIDIA')
+    refused(lambda: read_generator(tmp_path/'net.pkl'), 'net.pkl', 'Persistent', 'refused')
 
 def test_whole_modules_are_refused(g, tmp_path):
     torch.save(g, tmp_path/'module.pt')
@@ -284,7 +284,7 @@ def test_whole_modules_are_refused(g, tmp_path):
 @pytest.mark.parametrize('content,words', [
     (b'', ('0 bytes',)), (b'<!DOCTYPE html><html>' + b' '*100, ('web page',)), (b'\n\n<html>' + b' '*100, ('web page',)),
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\n', ('git lfs pull',)),
-    (b'just some text that is not weights, named .pt' * 3, ('neither',)), (b'\x80\x04' + b'\x00'*200, ('damaged',)),
+    (b'just some text that is not weights, named .pt' * 3, ('neither',)), (b'\x80\x04' + b'\x00'*200, ('instruction',)),
     (b'PK\x03\x04' + b'\x00'*200, ('damaged',)), (struct.pack('<Q', 80) + b'{' + b'x'*200, ('damaged',))])
 def test_things_that_are_not_weights(tmp_path, content, words):
     path = tmp_path/'weights.pt'; path.write_bytes(content)

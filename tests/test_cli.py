@@ -274,3 +274,54 @@ def test_demo_is_repeatable(tmp_path):
         m = json.loads((tmp_path/o/'metrics.json').read_text())
         runs.append((m['steps'], (tmp_path/o/'strip_00.png').read_bytes(), (tmp_path/o/'contact_sheet.png').read_bytes()))
     assert runs[0] == runs[1]
+
+
+# --- models from elsewhere
+
+def test_models_are_listed(capsys):
+    from restyle_nb.cli import restyle_models
+    assert restyle_models([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ('faces64', 'restyle-psp-faces', 'restyle-e4e-cars', 'irse50'))
+
+
+def test_a_model_is_fetched_ahead(tmp_path, capsys, monkeypatch):
+    from restyle_nb import zoo
+    from restyle_nb.cli import restyle_models
+    (tmp_path/'model_ir_se50.pth').write_bytes(b'\x80\x02'*99)
+    assert restyle_models(['irse50', '--cache', str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path/'model_ir_se50.pth')
+    def offline(url, *a, **k): raise zoo.DownloadError(f'{url}: no connection (offline)')
+    monkeypatch.setattr(zoo, '_open', offline)
+    assert restyle_models(['moco', '--cache', str(tmp_path)]) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'moco' in lines[0] and 'no connection' in lines[0] and 'save the file as' in lines[0]
+    assert restyle_models(['mocco', '--cache', str(tmp_path)]) == 2
+    assert 'did you mean moco?' in complaints(capsys)[0]
+
+
+def test_released_names_reach_the_loader(good, tmp_path, capsys, monkeypatch):
+    from restyle_nb import zoo
+    from restyle_nb.checkpoints import save_restyle
+    monkeypatch.setenv('RESTYLE_NB_HOME', str(tmp_path/'home'))
+    def offline(url, *a, **k): raise zoo.DownloadError(f'{url}: no connection (offline)')
+    monkeypatch.setattr(zoo, '_open', offline)
+    assert invert(good, '--out', tmp_path/'out', '--model', 'restyle-psp-faces') == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'restyle_psp_ffhq_encode.pt' in lines[0] and 'path=' in lines[0]
+    save_restyle(load_model('faces64', 'cpu'), tmp_path/'home'/'restyle_psp_ffhq_encode.pt')   # saved by hand, but not what the card says
+    assert invert(good, '--out', tmp_path/'out', '--model', 'restyle-psp-faces') == 2
+    assert 'output is 64×64, and 1024×1024 on the card' in complaints(capsys)[0]
+
+
+def test_a_generator_of_ones_own(good, tmp_path, capsys):
+    from restyle_nb.checkpoints import save_encoder, save_generator
+    net = load_model('faces64', 'cpu')
+    save_encoder(net, tmp_path/'e.safetensors'); save_generator(net.generator, tmp_path/'g.safetensors')
+    assert invert(good, '--out', tmp_path/'a', '--steps', 1, '--model', tmp_path/'e.safetensors') == 2
+    assert len(complaints(capsys)) == 1
+    codes = []
+    for i, g in enumerate((tmp_path/'g.safetensors', 'faces64')):
+        assert invert(good, '--out', tmp_path/f'b{i}', '--steps', 1, '--model', tmp_path/'e.safetensors', '--generator', g) == 0
+        codes.append(Inversion.load(tmp_path/f'b{i}'/'good.safetensors').codes)
+    assert torch.equal(*codes)

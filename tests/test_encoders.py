@@ -1,10 +1,11 @@
 """Encoders against the golden cases, and in odd sizes."""
-import importlib.util, json, sys
+import copy, importlib.util, json, weakref
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torch.nn.functional as F
 
-from restyle_nb.encoders import build_encoder, stack_head, unstack_head, Encoder, SimpleHead, Compact, IRSE50, ResNet34
+from restyle_nb.encoders import (HEADS, TRUNKS, build_encoder, imagenet_trunk, init_trunk, stack_head, trunk_names, unstack_head,
+                                 FPNHead, IRSE50, ProgressiveHead, SimpleHead)
 
 GOLDEN = Path(__file__).parent/'golden'
 LIMIT = 1e-4 # of the spread of the expected array
@@ -24,40 +25,246 @@ def case(name):
     return state, ins, {k:torch.from_numpy(v) for k,v in np.load(GOLDEN/f'{name}.npz').items()}
 
 
-def by_hand(state, trunk):
+def by_hand(state, trunk, head='simple'):
     "Published names to ours, without the reader"
     state = {k.removeprefix('encoder.'):v for k,v in state.items()}
-    head = stack_head(state)
-    with torch.device('meta'):
-        enc = build_encoder(trunk, n_styles=len(head['head.linear.weight']), input_size=256)
-    enc.load_state_dict({**{f'trunk.{k}':v for k,v in state.items() if not k.startswith('styles.')}, **head}, assign=True)
+    part = stack_head(state, head=head, consume=True)
+    k = sum(len(v) for n,v in part.items() if n.endswith('linear.weight'))
+    with torch.device('meta'): enc = build_encoder(trunk, head, n_styles=k, input_size=256)
+    enc.load_state_dict({**{f'trunk.{k}':v for k,v in state.items()}, **part}, assign=True)
     return enc.eval()
 
 
 def error(got, want): return ((got-want).abs().max()/want.std()).item()
 
 
-@pytest.mark.parametrize('trunk', ['irse50', 'resnet34'])
+GOLDENS = dict(encoder_backbone_irse50=('irse50', 'simple'), encoder_backbone_resnet34=('resnet34', 'simple'),
+               encoder_fpn_irse50=('irse50', 'fpn'), encoder_progressive_irse50=('irse50', 'progressive'))
+STAGES = dict(delta=None, WTraining=0, Delta3Training=3, Inference=None)
+
+
+@pytest.mark.parametrize('name', GOLDENS)
 @torch.no_grad()
-def test_golden(trunk, capsys):
-    state, ins, want = case(f'encoder_backbone_{trunk}')
-    enc, x = by_hand(state, trunk), ins['in.x']
-    got = {'forward': enc(x), 'forward_from': enc.forward_from(enc.first(x[:,:3]), x[:,3:]), 'folded': enc.fold()(x)}
-    errs = {k:error(v, want['delta']) for k,v in got.items()}
-    with capsys.disabled(): print(f'\n{trunk}: ' + ', '.join(f'{k} {v:.1e}' for k,v in errs.items()))
-    assert max(errs.values()) <= LIMIT
+def test_golden(name, capsys):
+    state, ins, want = case(name)
+    enc, x, errs = by_hand(state, *GOLDENS[name]), ins['in.x'], {}
+    def check(form, forward):
+        for k,v in want.items():
+            enc.stage = STAGES[k]
+            errs[f'{form} {k}'] = error(forward(x), v)
+    check('forward', enc)
+    check('forward_from', lambda x: enc.forward_from(enc.first(x[:,:3]), x[:,3:]))
     back = unstack_head(enc.state_dict(), 'encoder.styles.')
-    assert back and all(torch.equal(state[k], v) for k,v in back.items())
+    assert {k for k in state if '.styles.' in k or 'latlayer' in k}==set(back) and all(torch.equal(state[k], v) for k,v in back.items())
+    del state, back
+    enc.fold(inplace=True)
+    check('folded', enc)
+    with capsys.disabled(): print(f'\n{name}: ' + ', '.join(f'{k} {v:.1e}' for k,v in errs.items()))
+    assert len(errs)==3*len(want) and max(errs.values()) <= LIMIT
 
 
-@pytest.mark.parametrize('trunk', ['irse50', 'resnet34'])
+@pytest.mark.parametrize('name', GOLDENS)
 @torch.no_grad()
-def test_golden_through_the_reader(trunk):
+def test_golden_through_the_reader(name):
     checkpoints = pytest.importorskip('restyle_nb.checkpoints')
-    state, ins, want = case(f'encoder_backbone_{trunk}')
-    enc = checkpoints.read_encoder(state).eval()
-    assert enc.config['trunk']==trunk and enc.n_styles==want['delta'].shape[1]
-    assert error(enc(ins['in.x']), want['delta']) <= LIMIT
+    trunk, head = GOLDENS[name]
+    state, ins, want = case(name)
+    enc = checkpoints.read_encoder(state, head=head).eval()
+    assert enc.config['trunk']==trunk and enc.config['head']==head
+    for k,v in want.items():
+        enc.stage = STAGES[k]
+        assert enc.n_styles==v.shape[1] and error(enc(ins['in.x']), v) <= LIMIT
+
+
+# The other heads and trunks have no golden case here. They are held to the definition, written out below over the published names.
+
+def random_published(enc, seed=0):
+    "A random encoder under the published names, with statistics as training leaves them"
+    g = torch.Generator().manual_seed(seed)
+    state = {k.removeprefix('trunk.'):v for k,v in enc.state_dict().items() if k.startswith('trunk.')} | unstack_head(enc.state_dict())
+    def fresh(k, t):
+        if not t.is_floating_point(): return t
+        n = torch.randn(t.shape, generator=g)
+        if k.endswith('running_var'): return 3+n.abs() # as in the golden cases: keeps the spread of a deep sum bounded
+        if t.ndim==1: return .1*n + (1. if k.endswith('weight') else 0.)
+        return n if 'linear' in k else n*(2/t[0].numel())**.5
+    return {k:fresh(k, t) for k,t in state.items()}
+
+
+def definition(state, maps, head, stage=None):
+    "Codes of the published heads from three maps, one style at a time, by the published names"
+    def block(j, f):
+        i = 0
+        while f'styles.{j}.convs.{i}.weight' in state:
+            f, i = F.leaky_relu(F.conv2d(f, state[f'styles.{j}.convs.{i}.weight'], state[f'styles.{j}.convs.{i}.bias'], stride=2, padding=1), .01), i+2
+        w = state[f'styles.{j}.linear.weight']
+        return f.flatten(1) @ w.T / w.shape[1]**.5 + state[f'styles.{j}.linear.bias']
+    def add(f, layer, c):
+        up = F.interpolate(f, size=c.shape[-2:], mode='bilinear', align_corners=True)
+        return up + F.conv2d(c, state[f'{layer}.weight'], state[f'{layer}.bias'])
+    c1, c2, c3 = maps
+    p2 = add(c3, 'latlayer1', c2) if 'fpn' in head else None
+    p1 = add(p2, 'latlayer2', c1) if 'fpn' in head else None
+    k = 1 + max(int(n.split('.')[1]) for n in state if n.startswith('styles.'))
+    codes = [block(j, c3 if j<3 or 'fpn' not in head else p2 if j<7 else p1) for j in range(k)]
+    if 'progressive' in head: codes = codes[:1] + [codes[0]+(c if stage is None or j<=stage else 0) for j,c in enumerate(codes) if j]
+    return torch.stack(codes, 1)
+
+
+@pytest.mark.parametrize('channels,size', [(3,(64,64)), (6,(40,52))])
+@pytest.mark.parametrize('head', list(HEADS))
+@pytest.mark.parametrize('trunk', list(TRUNKS))
+@torch.no_grad()
+def test_every_head_over_every_trunk(trunk, head, channels, size):
+    "Forward, plain, cached first layer and folded against the definition; single-pass and ReStyle forms"
+    torch.manual_seed(0)
+    kw = dict(n_styles=9, style_dim=20, width=12, in_channels=channels, input_size=size)
+    kw |= dict(widths=(8,12,16,20)) if trunk=='compact' else {}
+    state = random_published(build_encoder(trunk, head, **kw))
+    enc = build_encoder(trunk, head, **kw).eval()
+    part = stack_head(state, head=head)
+    enc.load_state_dict({f'trunk.{k}':v for k,v in state.items() if not k.startswith(('styles.', 'latlayer'))} | part)
+    assert all(torch.equal(v, state[k]) for k,v in unstack_head(part).items()) and build_encoder(**enc.config).config==enc.config
+    x = torch.randn(2, channels, *size)
+    maps = enc.trunk.pyramid(enc.trunk.first(x))
+    assert [m.shape[1] for m in maps]==list(enc.trunk.pyramid_channels) and torch.equal(maps[-1], enc.trunk(x))
+    sizes = [tuple(-(-s//(enc.trunk.stride//n)) for s in size) for n in (4,2,1)]
+    assert [tuple(m.shape[-2:]) for m in maps]==sizes
+    fast = enc.fold()
+    for stage in (None, 0, 3, 7) if 'progressive' in head else (None,):
+        enc.stage = fast.stage = stage
+        want = definition(state, maps, head, stage)
+        assert error(enc(x), want) < 1e-5 and error(fast(x), want) < LIMIT
+        assert error(enc.head.plain(maps if 'fpn' in head else maps[-1]), want) < 1e-5
+        if channels==6:
+            a, b = x.chunk(2, 1)
+            for e in (enc, fast): assert error(e.forward_from(e.first(a), b), want) < LIMIT and error(e(a, b), want) < LIMIT
+
+
+@pytest.mark.parametrize('n_styles', [1, 2, 3, 4, 6, 7, *range(8, 19)])
+@pytest.mark.parametrize('head', list(HEADS))
+@torch.no_grad()
+def test_any_number_of_styles(head, n_styles):
+    torch.manual_seed(0)
+    channels = (6,8,10)
+    for width in (5, 130):
+        for hw in ((4,4), (3,4), (1,1)) if width<100 else ((4,4),):
+            h = HEADS[head](n_styles, channels if 'fpn' in head else 10, 7, hw, width)
+            state = {f'head.{k}':v for k,v in h.state_dict().items()}
+            flat = unstack_head(state)
+            back = stack_head(flat, head=head)
+            assert set(back)==set(state) and all(torch.equal(v, state[k]) for k,v in back.items())
+            maps = [torch.randn(2, c, hw[0]*m, hw[1]*m) for c,m in zip(channels, (4,2,1))]
+            for stage in {None, 0, n_styles//2, n_styles-1} if 'progressive' in head else {None}:
+                h.stage = stage
+                got = h(maps if 'fpn' in head else maps[-1])
+                assert got.shape==(2,n_styles,7) and error(got, definition(flat, maps, head, stage)) < 1e-5
+
+
+@pytest.mark.parametrize('head', list(HEADS))
+@pytest.mark.parametrize('trunk', ['irse50', 'resnet34'])
+def test_published_names_and_cars(trunk, head):
+    "As published for 192x256 cars: 4, 5 and 6 convolutions, square or not"
+    with torch.device('meta'): enc = build_encoder(trunk, head, n_styles=16, input_size=(192,256))
+    flat = unstack_head(enc.state_dict())
+    depth = lambda j: sum(k.startswith(f'styles.{j}.convs.') and k.endswith('.weight') for k in flat)
+    assert [depth(j) for j in range(16)]==([4]*3+[5]*4+[6]*9 if 'fpn' in head else [4]*16)
+    assert flat['styles.15.convs.2.weight'].shape==(512,512,3,3)
+    assert ('latlayer1.weight' in flat)==('fpn' in head) and (not 'fpn' in head or flat['latlayer2.weight'].shape==(512,128,1,1))
+    assert sum(k.startswith('latlayer') for k in flat)==4*('fpn' in head)
+    maps = enc.trunk.pyramid(enc.trunk.first(torch.zeros(1, 6, 192, 256, device='meta')))
+    assert [tuple(m.shape[1:]) for m in maps]==[(128,48,64), (256,24,32), (512,12,16)]
+    assert enc(torch.zeros(1, 6, 192, 256, device='meta')).shape==(1,16,512)
+
+
+@pytest.mark.parametrize('trunk,taps', [('irse50', (6,20,23)), ('resnet34', (6,12,15))])
+@torch.no_grad()
+def test_taps(trunk, taps):
+    t = TRUNKS[trunk](3).eval()
+    h = t.enter(t.first(torch.randn(1, 3, 32, 32)))
+    maps, want = t.pyramid(t.first(torch.ones(1, 3, 32, 32))), []
+    h = t.enter(t.first(torch.ones(1, 3, 32, 32)))
+    for unit in t.body: want.append(h := unit(h))
+    assert all(torch.equal(m, want[i]) for m,i in zip(maps, taps, strict=True))
+
+
+def test_deep_and_plain_ir_trunks():
+    "The trunk of CurricularFace: 100 layers, no squeeze and excitation"
+    with torch.device('meta'): deep, face = IRSE50(3, layers=100, se=False), IRSE50(3)
+    names = set(deep.state_dict())
+    assert len(deep.body)==49 and 'body.48.res_layer.4.weight' in names and not any('.fc' in k or 'res_layer.5' in k for k in names)
+    assert [i for i in range(49) if f'body.{i}.shortcut_layer.0.weight' in names]==[3, 16, 46] and deep.taps==[15, 45, 48]
+    assert len(face.body)==24 and 'body.23.res_layer.5.fc2.weight' in face.state_dict()
+    assert deep(torch.zeros(1, 3, 112, 112, device='meta')).shape==(1,512,7,7)
+    with torch.device('meta'): again = build_encoder('irse50', layers=100, se=False, n_styles=8)
+    assert again.config['layers']==100 and again.config['se'] is False
+    with torch.device('meta'): assert build_encoder(**again.config).config==again.config
+    with pytest.raises(ValueError, match='layers=34, expected one of .50, 100.'): IRSE50(3, layers=34)
+
+
+def test_stages():
+    torch.manual_seed(0)
+    for head in ('progressive', 'fpn_progressive'):
+        enc = build_encoder('compact', head, n_styles=9, style_dim=6, width=5, input_size=32, widths=(4,4,4))
+        x, y = torch.randn(2, 2, 3, 32, 32)
+        assert enc.stage is None
+        full = enc(x, y)
+        for stage in range(9):
+            enc.stage = stage
+            w = enc(x, y)
+            assert torch.allclose(w[:,:stage+1], full[:,:stage+1], atol=1e-6) and (w[:,stage+1:]==w[:,:1]).all() and (w[:,1:stage+1]!=w[:,:1]).any(-1).all()
+            assert copy.deepcopy(enc).stage==enc.fold().stage==stage
+        enc.stage = 3
+        enc.zero_grad(); enc(x, y).square().sum().backward()
+        grads = unstack_head({k:p.grad if p.grad is not None else torch.zeros_like(p) for k,p in enc.named_parameters()})
+        moved = {int(k.split('.')[1]) for k,g in grads.items() if k.startswith('styles.') and g.abs().max()>0}
+        assert moved=={0,1,2,3}
+        for bad in (-1, 9):
+            with pytest.raises(ValueError, match='expected 0 .* to 8, or None'): enc.stage = bad
+        with pytest.raises(TypeError): enc.stage = 1.5
+        enc.stage = None
+        assert torch.equal(enc(x, y), full) and 'stage' not in str(sorted(enc.state_dict()))
+    plain = build_encoder('compact', 'simple', n_styles=3, style_dim=6, width=5, input_size=32)
+    plain.stage = None
+    with pytest.raises(ValueError, match='has no stages'): plain.stage = 1
+
+
+def test_consume_frees_each_block():
+    class Watched(dict):
+        "A state that checks, at each pop, that what was popped before is gone"
+        def pop(self, k):
+            assert all(r() is None for r in refs), 'a copied block is still held'
+            refs.append(weakref.ref(self[k]))
+            return super().pop(k)
+    for head in HEADS:
+        refs, h = [], HEADS[head](9, (6,8,10) if 'fpn' in head else 10, 7, 4, 5)
+        flat = unstack_head({f'head.{k}':v for k,v in h.state_dict().items()}, 'encoder.styles.')
+        state = Watched({**flat, 'encoder.body.0.weight': torch.zeros(1)})
+        want = stack_head(flat, 'encoder.styles.', head)
+        n = len(flat); del flat
+        got = stack_head(state, 'encoder.styles.', head, consume=True)
+        assert list(state)==['encoder.body.0.weight'] and len(refs)==n and all(r() is None for r in refs)
+        assert set(got)==set(want) and all(torch.equal(v, want[k]) for k,v in got.items())
+
+
+def test_stack_head_says_what_is_wrong():
+    flat = {head: unstack_head({f'head.{k}':v for k,v in HEADS[head](9, (6,8,10) if 'fpn' in head else 10, 7, 4, 5).state_dict().items()}) for head in HEADS}
+    def without(head, *names): return {k:v for k,v in flat[head].items() if not k.startswith(names)}
+    for state,head,message in (
+        (flat['fpn'], 'simple', 'styles.0.convs.4.weight is missing.*FPN head'),
+        (flat['simple'], 'fpn', 'styles.3 has 2 convolutions, expected 3'),
+        (without('fpn', 'latlayer2.bias'), 'fpn', 'latlayer2.bias is missing'),
+        (without('fpn', 'styles.8.linear.bias'), 'fpn', 'styles.8.linear.bias is missing'),
+        (without('simple', 'styles.4.'), 'simple', r'styles.4.\* is missing'),
+        ({**flat['simple'], 'styles.123456789.linear.bias': torch.zeros(7)}, 'simple', r'styles.9.\* is missing'),
+        ({**flat['simple'], 'styles.2.linear.weight': torch.zeros(7, 4)}, 'progressive', 'styles.2.linear.weight is .7, 4., expected .7, 5.'),
+        ({**flat['simple'], 'styles.2.convs.1.weight': torch.zeros(7)}, 'simple', 'styles.0.convs.1.weight has no place'),
+        ({'x': torch.zeros(1)}, 'simple', r'no tensor named styles.J.\*; found x'),
+        (flat['simple'], 'gradual', "no head 'gradual'; there are simple, fpn"),
+    ):
+        before = dict(state)
+        with pytest.raises(ValueError, match=message): stack_head(state, head=head, consume=True)
+        assert list(state)==list(before) # nothing was taken
 
 
 @pytest.mark.parametrize('trunk', ['irse50', 'resnet34', 'compact'])
@@ -114,3 +321,117 @@ def test_compact_is_small_and_learns():
         loss = (enc(x, 0*x)-target).square().mean()
         opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
     assert losses[-1] < .6*losses[0]
+
+
+# First weights
+
+def picture_trunk(trunk, channels=3, seed=0):
+    "A trunk that sees one picture, as a face network or an ImageNet network does"
+    torch.manual_seed(seed)
+    t = TRUNKS[trunk](channels).eval()
+    with torch.no_grad():
+        for k,v in t.state_dict().items():
+            if k.endswith('running_var'): v.uniform_(.5, 2)
+            elif k.endswith('running_mean'): v.uniform_(-.5, .5)
+    return t
+
+
+@pytest.mark.parametrize('trunk', list(TRUNKS))
+@torch.no_grad()
+def test_init_trunk_three_ways(trunk):
+    net = picture_trunk(trunk)
+    x, y, d = torch.randn(3, 2, 3, 32, 32)
+    e = {extra: build_encoder(trunk, n_styles=2, style_dim=4, width=4, input_size=32, init=net.state_dict(), extra=extra).eval() for extra in ('difference', 'zero', 'noise')}
+    first = {k: (lambda x, y, v=v: v.trunk.first(torch.cat([x, y], 1))) for k,v in e.items()}
+    assert torch.allclose(e['zero'].trunk(torch.cat([x, y], 1)), net(x), atol=1e-4)
+    bias = net.first.bias.view(1,-1,1,1) if net.first.bias is not None else 0
+    assert torch.allclose(first['difference'](x, x), bias+0*net.first(x), atol=1e-4)
+    assert torch.allclose(first['difference'](x+d, y+d), first['difference'](x, y), atol=1e-4)
+    noise = e['noise'].trunk.first.weight[:,3:]
+    assert abs(noise.std()-1) < .1 and abs(noise.mean()) < .1 and torch.equal(e['noise'].trunk.first.weight[:,:3], net.first.weight)
+    for enc in e.values():
+        own = enc.trunk.state_dict()
+        assert all(torch.equal(v, own[k]) for k,v in net.state_dict().items() if v.shape==own[k].shape)
+
+
+@pytest.mark.parametrize('trunk', ['irse50', 'resnet34'])
+@torch.no_grad()
+def test_init_trunk_other_pictures(trunk):
+    net = picture_trunk(trunk)
+    make = lambda c, n=None: build_encoder(trunk, n_styles=2, style_dim=4, width=4, input_size=32, image_channels=c, in_channels=n, init=net.state_dict()).eval()
+    grey, rgb, alpha = torch.randn(2, 1, 32, 32), torch.randn(2, 3, 32, 32), torch.randn(2, 2, 32, 32)
+    assert torch.allclose(make(1, 1).trunk(grey), net(grey.expand(-1, 3, -1, -1)), atol=1e-4)      # grey: as if painted in three equal channels
+    assert torch.allclose(make(4, 4).trunk(torch.cat([rgb, alpha[:,:1]], 1)), net(rgb), atol=1e-4) # alpha: not looked at
+    assert torch.allclose(make(3, 3).trunk(rgb), net(rgb), atol=1e-5)                              # single pass: the same network
+    for c in (1, 4):
+        e = make(c)
+        x = torch.randn(2, c, 32, 32)
+        assert e.trunk.first(torch.cat([x, x], 1)).abs().max() < 1e-4 and e(x, -x).shape==(2,2,4)
+    mask = make(3, 7)                                                                              # and a mask beside the two
+    assert mask.trunk.first.weight[:,6].abs().max()==0 and torch.equal(mask.trunk.first.weight[:,3:6], -net.first.weight)
+    six = make(3)
+    again = init_trunk(make(3), six.trunk.state_dict(), 'zero')                                    # a file that has all channels
+    assert torch.equal(again.trunk.first.weight, six.trunk.first.weight)
+
+
+def test_init_trunk_says_what_is_wrong():
+    net = picture_trunk('resnet34')
+    state = net.state_dict()
+    enc = build_encoder('resnet34', n_styles=2, style_dim=4, width=4, input_size=32)
+    before = copy.deepcopy(enc.state_dict())
+    for bad,message in (
+        ({k:v for k,v in state.items() if k!='body.3.bn1.weight'}, "'body.3.bn1.weight' is missing"),
+        ({**state, 'body.99.x': torch.zeros(1)}, "'body.99.x' is unknown"),
+        ({**state, 'body.3.bn1.weight': torch.zeros(3)}, r"'body.3.bn1.weight' is \(3,\), expected \(128,\)"),
+        ({**state, 'conv1.weight': torch.zeros(64, 3, 3, 3)}, "'conv1.weight' is .64, 3, 3, 3., expected .64, 6, 7, 7."),
+        (picture_trunk('irse50').state_dict(), 'are these the weights of a ResNet34 trunk'),
+    ):
+        with pytest.raises(ValueError, match=message): init_trunk(enc, bad)
+        assert all(torch.equal(v, before[k]) for k,v in enc.state_dict().items())
+    with pytest.raises(ValueError, match='expected one of difference, zero, noise'): init_trunk(enc, state, 'ones')
+    with pytest.raises(ValueError, match='folded'): init_trunk(enc.fold(), state)
+    with pytest.raises(ValueError, match='checkpoints.read_trunk'): build_encoder('resnet34', init='weights.pth')
+    with pytest.raises(ValueError, match="not for 'irse50'"): build_encoder('irse50', init='imagenet', n_styles=1, width=4)
+
+
+@torch.no_grad()
+def test_imagenet_trunk(monkeypatch):
+    "The blocks of torchvision's network, in their places; its classifier left out"
+    from torchvision.models import resnet34, ResNet34_Weights
+    torch.manual_seed(0)
+    theirs = resnet34().eval()
+    monkeypatch.setattr(ResNet34_Weights, 'get_state_dict', lambda self, *a, **kw: theirs.state_dict())
+    enc = build_encoder('resnet34', n_styles=2, style_dim=4, width=4, input_size=32, init='imagenet', extra='zero').eval()
+    assert not any(k.startswith('fc') for k in imagenet_trunk()) and (enc.trunk.relu.weight==.25).all()
+    x, y = torch.randn(2, 1, 3, 64, 64)
+    h = theirs.bn1(theirs.conv1(x))
+    want = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(F.leaky_relu(h, .25)))))
+    assert torch.allclose(enc.trunk(torch.cat([x, y], 1)), want, atol=1e-4)
+
+
+def test_imagenet_trunk_without_a_network(monkeypatch, tmp_path):
+    from urllib.error import URLError
+    def nothing(*a, **kw): raise URLError('no route to host')
+    monkeypatch.setattr('torch.hub.urlopen', nothing)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with pytest.raises(ConnectionError, match='resnet34.*could not be fetched.*no route to host.*or give the tensors themselves'): imagenet_trunk()
+    with pytest.raises(ConnectionError): build_encoder('resnet34', n_styles=2, width=4, init='imagenet')
+
+
+def test_face_file_as_a_trunk():
+    "An IR-SE50 recognition file also holds an output layer, which is left out"
+    net = picture_trunk('irse50')
+    state = {**net.state_dict(), 'output_layer.0.weight': torch.zeros(512), 'output_layer.3.weight': torch.zeros(512, 2)}
+    enc = build_encoder('irse50', n_styles=2, style_dim=4, width=4, input_size=32, init=state)
+    assert set(trunk_names(state))==set(net.state_dict()) and torch.equal(enc.trunk.first.weight[:,:3], net.first.weight)
+
+
+@pytest.mark.parametrize('trunk,head,k,millions,gmac', [('irse50','simple',18,205.6,36.6), ('irse50','progressive',18,205.6,36.6), ('irse50','fpn',18,267.1,72.6),
+    ('resnet34','simple',14,157.1,21.6), ('resnet34','simple',16,176.5,22.0), ('resnet34','fpn',16,228.6,52.0)])
+def test_as_heavy_as_published(trunk, head, k, millions, gmac):
+    "Parameters and multiply-adds at 256x256, as counted on the published encoders"
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device('meta'):
+        enc = build_encoder(trunk, head, n_styles=k).eval()
+        with FlopCounterMode(display=False) as counter: enc(torch.zeros(1, 6, 256, 256))
+    assert abs(sum(p.numel() for p in enc.parameters())/1e6-millions) < .06 and abs(counter.get_total_flops()/2e9-gmac) < .06

@@ -18,7 +18,7 @@ def golden(name):
     spec = importlib.util.spec_from_file_location('golden_fill', GOLDEN / 'fill.py')
     fill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fill)
-    return [{k: torch.from_numpy(v) for k, v in part.items()} for part in fill.case(name)]
+    return [{k: torch.as_tensor(v) for k, v in part.items()} for part in fill.case(name)]
 
 
 def tiny(size=16, **kw):
@@ -51,6 +51,16 @@ def test_golden_average(published):
     g, i, _ = published
     assert g.has_latent_avg and torch.equal(g.latent_avg, i['in.wmean'].expand(8, 512))
     assert g.config['channels'] == default_channels(32)
+
+
+@pytest.mark.parametrize('prefix', ['', 'G_ema.'])
+def test_golden_under_nvidias_names(prefix):
+    from restyle_nb.checkpoints import read_generator
+    tensors, i, expected = golden('generator_nvidia_32')
+    g = read_generator({prefix + k: v for k, v in tensors.items()}).freeze()
+    ws = g.truncate(g.map(i['in.z']), .7)
+    for got, name in ((ws, 'ws'), (g.synthesize(ws), 'image'), (g.synthesize(i['in.wplus']), 'image_wplus')):
+        assert ((got - expected[name]).abs().max() / expected[name].std()).item() <= LIMIT, name
 
 
 @pytest.mark.parametrize('kernel,up,demodulate', [(3, False, True), (3, True, True), (1, False, False), (3, False, False)])
@@ -223,3 +233,18 @@ def test_minibatch_std(batch, group):
     y = minibatch_std(x, group)
     assert y.shape == (batch, 4, 4, 5) and torch.equal(y[:, :3], x)
     assert (minibatch_std(x[:1].expand(batch, -1, -1, -1), group)[:, 3] < 1e-3).all()
+
+
+def test_error_of_the_average():
+    "What is reported is the root mean square, over styles' coordinates, of what other seeds differ by; other precisions of the network give the same average"
+    g = tiny(z_dim=9)
+    w = g.map(torch.randn(200_000, 9, generator=torch.Generator().manual_seed(9))).double()
+    means = []
+    for seed in range(20):
+        means.append(g.estimate_latent_avg(500, seed=seed)[0].clone())
+        want = (w.var(0).mean() / 500).sqrt().item()
+        assert abs(g.latent_avg_error / want - 1) < .15
+    off = (torch.stack(means).double() - w.mean(0)).square().mean().sqrt().item()
+    assert abs(off / want - 1) < .25
+    first = g.estimate_latent_avg(500, seed=3).clone()
+    assert torch.equal(first, g.double().estimate_latent_avg(500, seed=3).float())

@@ -1,12 +1,13 @@
 "What is no lesson of chapter 3: modes, bad input, files cut short, single-pass encoders, crops."
 import copy, json, os
+from types import SimpleNamespace
 import pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
 from restyle_nb.encoders import build_encoder
 from restyle_nb.generator import Generator
 from restyle_nb.images import Geometry, ImageError, save_image
-from restyle_nb.restyle import Inversion, ReStyle, Step, evaluating, naive_feedback, pick_device, residual_norm
+from restyle_nb.restyle import Clock, Inversion, ReStyle, Step, evaluating, naive_feedback, pick_device, residual_norm
 
 class Toy:
     "The least that is a generator: two styles of three numbers, painted on 12 pixels; counts what it paints."
@@ -256,6 +257,108 @@ def test_items(toy):
     assert len(inv[-1]) == 1 and torch.equal(inv[-1].x[0], inv.x[5]) and len(inv[inv.best > 5]) == 0
     assert len(list(inv)) == 6 and torch.equal(Inversion.cat(list(inv)).codes, inv.codes)
     with pytest.raises(IndexError): inv[6]
+
+@pytest.fixture
+def slow(toy, monkeypatch):
+    "A model on whose clock every call of the encoder takes one second, and nothing else any time"
+    class Slow(Part):
+        now = 0.
+        def __call__(self, x, y): Slow.now += 1; return super().__call__(x, y)
+    monkeypatch.setattr('restyle_nb.restyle.time', SimpleNamespace(perf_counter=lambda: Slow.now))
+    return ReStyle(Slow(toy.generator), toy.generator)
+
+def test_seconds_are_those_of_the_batch(slow):
+    x = targets(slow)
+    inv = slow.invert(x, 3, timed=True)
+    assert inv.seconds.dtype == torch.float64 and inv.seconds.tolist() == [0, 1, 2, 3]
+    assert torch.equal(inv[2].seconds, inv.seconds) and torch.equal(inv.to('cpu').seconds, inv.seconds)
+    parts = slow.invert(x, 3, timed=True, batch_size=2)                # three batches, one after the other
+    assert parts.seconds.tolist() == [0, 3, 6, 9]
+    torch.testing.assert_close(parts.codes, inv.codes)
+    assert slow.invert(x, 3).seconds is None and Inversion.cat([inv, slow.invert(x, 3)]).seconds is None
+
+def test_seconds_go_on_from_the_start(slow):
+    x = targets(slow)
+    one = slow.invert(x, 2, timed=True)
+    assert slow.invert(x, 1, start=one, timed=True).seconds.tolist() == [2, 3]
+    assert slow.invert(x, 1, start=one, timed=True, batch_size=3).seconds.tolist() == [2, 4]
+    assert slow.invert(x, 1, start=slow.invert(x, 1), timed=True).seconds.tolist() == [0, 1]
+    paint = slow.generator.synthesize
+    def painted(w): type(slow.encoder).now += 10; return paint(w)
+    slow.generator.synthesize = painted
+    assert slow.invert(x, 1, start=one.codes[-1], timed=True).seconds.tolist() == [10, 21]  # painting the start counts
+
+def test_stopped_pictures_cost_nothing(slow):
+    inv = slow.invert(targets(slow), 12, tol=.5, timed=True)
+    n = int(inv.stopped.max())
+    assert n < 12 and inv.seconds.tolist() == [*range(n + 1), *[n]*(12 - n)]
+
+def test_the_device_is_waited_for_only_when_timed(toy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda d=None: seen.append(d))
+    clock = Clock('cuda:0'); clock()
+    assert len(seen) == 2 and all(d == torch.device('cuda:0') for d in seen)
+    toy.invert(targets(toy), 3)
+    assert len(seen) == 2
+
+def optimised(toy, n=6):
+    "What an optimiser hands back: snapshots with labels, times and noise"
+    inv = toy.invert(targets(toy, n), 2, timed=True)
+    inv.labels, inv.noise = [0, 10, 1000], [torch.randn(n, 1, 3, 4), torch.randn(n, 1, 6, 8)]
+    return inv
+
+def test_labels_and_noise_are_carried(toy, tmp_path):
+    inv = optimised(toy)
+    some = inv[[4, 1]]
+    assert some.labels == [0, 10, 1000] and torch.equal(some.noise[1], inv.noise[1][[4, 1]]) and len(inv[inv.best > 5].noise[0]) == 0
+    both = Inversion.cat([inv[:2], inv[2:]])
+    assert all(torch.equal(a, b) for a, b in zip(both.noise, inv.noise)) and torch.equal(both.seconds, 2*inv.seconds)
+    for images in (True, False):
+        back = Inversion.load(inv.save(tmp_path/'a', images=images))
+        assert back.labels == inv.labels and torch.equal(back.seconds, inv.seconds) and back.seconds.dtype == torch.float64
+        assert all(torch.equal(a, b) for a, b in zip(back.noise, inv.noise))
+    plain = Inversion.load(toy.invert(inv.x, 1).save(tmp_path/'b'))
+    assert (plain.seconds, plain.noise, plain.labels) == (None, None, None)
+
+def test_files_from_before_the_clock(toy, tmp_path):
+    inv = toy.invert(targets(toy), 2)
+    ts = {k: getattr(inv, k).contiguous() for k in ('codes', 'deltas', 'errors', 'stopped', 'x', 'images')}
+    save_file(ts, tmp_path/'a', dict(restyle_nb=json.dumps(dict(kind='inversion', geometry=inv.geometry.to_dict()))))
+    back = Inversion.load(tmp_path/'a')
+    assert torch.equal(back.codes, inv.codes) and (back.seconds, back.noise, back.labels) == (None, None, None)
+
+def test_more_than_ten_planes_keep_their_order(toy, tmp_path):
+    inv = optimised(toy); inv.noise = [torch.full((6, 1, 1, 1), float(i)) for i in range(12)]
+    assert [int(o[0]) for o in Inversion.load(inv.save(tmp_path/'a')).noise] == list(range(12))
+
+def test_labels_name_the_columns(toy, monkeypatch):
+    inv = optimised(toy); said = {}
+    monkeypatch.setattr('restyle_nb.images.film_strip', lambda rows, **kw: said.update(kw))
+    inv.strip()
+    assert said['titles'] == ['step 0', 'step 10', 'step 1000'] and all(o.split()[2].strip(',') in ('0', '10', '1000') for o in said['names'])
+    assert repr(inv).splitlines()[1].split() == ['step', '0', '10', '1000']
+
+def test_unlike_inversions_are_not_joined(toy):
+    inv = optimised(toy)
+    for other in (toy.invert(inv.x, 2), toy.invert(inv.x, 1)):
+        with pytest.raises(ValueError, match='expected equal steps'): Inversion.cat([inv, other])
+
+def test_redraw_uses_its_own_noise(net, x):
+    for c in net.generator.convs: c.noise_strength.data.fill_(1.)
+    inv = net.invert(x, 1)
+    inv.noise = net.generator.noises('random', batch=len(x), rng=torch.Generator().manual_seed(0))
+    with torch.no_grad(): want = net.generator.synthesize(inv.codes[1], noise=inv.noise)
+    torch.testing.assert_close(inv.redraw(net.generator).images[1], want)
+    assert (inv.redraw(net.generator, noise='fixed').images[1] - want).abs().max() > .01
+
+@pytest.mark.parametrize('tensors,labels,why', [(dict(seconds=torch.zeros(5)), None, r'tensor seconds has shape \(5,\), expected \(3,\)'),
+    ({'noise.0': torch.zeros(2, 1, 4, 4)}, None, r'tensor noise.0 has shape'), ({'noise.1': torch.zeros(6, 1, 4, 4)}, None, 'noise.0'),
+    ({}, [1, 2], 'expected 3 whole numbers'), ({}, ['a', 'b', 'c'], 'expected 3 whole numbers'), (dict(deltas=torch.zeros(2)), None, 'tensor deltas')])
+def test_bad_extras_in_files(toy, tmp_path, tensors, labels, why):
+    inv = toy.invert(targets(toy), 2)
+    ts = {k: getattr(inv, k).contiguous() for k in ('codes', 'deltas', 'errors', 'stopped', 'x')} | tensors
+    save_file(ts, tmp_path/'a', dict(restyle_nb=json.dumps(dict(kind='inversion', labels=labels))))
+    with pytest.raises(ValueError, match=why): Inversion.load(tmp_path/'a')
 
 def test_pick_device():
     assert pick_device() .type in ('cuda', 'mps', 'cpu') and pick_device('cpu') == pick_device(torch.device('cpu'))

@@ -94,7 +94,7 @@ def test_every_embedded_file_has_a_card_and_every_card_a_file():
     for c in cards:
         assert checked(c.file).stat().st_size == c.bytes
         assert all(c.get(k) for k in ('name', 'kind', 'origin', 'licence', 'recipe')), c.file
-    on_disk = {p.name for p in WEIGHTS.iterdir() if p.suffix in ('.safetensors', '.png', '.json', '.npz')} - {'weights.json'}
+    on_disk = {p.name for p in WEIGHTS.iterdir() if p.suffix in ('.safetensors', '.png', '.json', '.npz')} - {'weights.json', 'released.json'}
     assert {c.file for c in cards} == on_disk
 
 def test_embedded_models_are_offline(monkeypatch):
