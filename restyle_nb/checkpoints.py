@@ -633,10 +633,11 @@ def publish_generator(
     "The inverse of `read_generator`."
     k = torch.outer(*[torch.tensor([1., 3., 3., 1.])] * 2) / 16
     blurs = [f'convs.{2*j}.conv.blur' for j in range(len(g.convs)//2)] + [f'to_rgbs.{j}.upsample' for j in range(len(g.to_images) - 1)]
-    out = {f'{o}.kernel': k.clone() for o in blurs}
+    out, gain = {f'{o}.kernel': k.clone() for o in blurs}, g.config['mapping_lr'] / .01 # the names have no place for another learning rate
     for name, t in g.state_dict().items():
         if name == 'latent_avg': continue
         name, t = published_name(name), t.detach().cpu().clone()
+        if name.startswith('style.') and gain != 1: t = t * gain
         if name.endswith(('.conv.weight', '.noise.weight')): t = t[None]
         if re.fullmatch(r'to_rgb.*\d\.bias', name): t = t[None, :, None, None]
         out[name] = t

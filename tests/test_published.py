@@ -7,6 +7,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from restyle_nb.checkpoints import *
 from restyle_nb.encoders import HEADS
+from restyle_nb.generator import Generator
 from restyle_nb.images import Geometry
 
 GROUPS = dict(irse50=((64, 3), (128, 4), (256, 14), (512, 3)), resnet34=((64, 3), (128, 4), (256, 6), (512, 3)))
@@ -396,3 +397,13 @@ def test_memory(tmp_path, trunk, head, size, form):
     print(f'\n{trunk} {head} {size} ({form}): {megabytes:.0f} MB read in {whole[1]:.1f} s, at most {whole[0]:.2f} of the file in memory; its generator: {part[1]:.1f} s, {part[0]:.2f}')
     assert whole[0] <= 1.3 and part[0] < .6 and whole[2] == part[2] == 2*(size.bit_length() - 2)
     if size == 1024: assert 940 < megabytes < 970
+
+
+def test_a_mapping_with_another_learning_rate_is_published_whole():
+    "rosinality's names have no place for `mapping_lr`, so it goes into the numbers"
+    torch.manual_seed(0)
+    g = Generator(size=16, style_dim=12, n_mlp=2, channels={4: 8, 8: 8, 16: 8}, mapping_lr=1.)
+    g.estimate_latent_avg(100)
+    z, h = torch.randn(5, 12), read_generator(publish_generator(g))
+    assert h.config['mapping_lr'] == .01
+    assert (h.map(z) - g.map(z)).abs().max() <= 1e-5*g.map(z).std()
