@@ -215,21 +215,30 @@ class IRSE50(Trunk):
 
 IR_UNITS = {50:(3,4,14,3), 100:(3,13,30,3)} # layers: units with 64, 128, 256 and 512 channels
 
+# %% ../nbs/02_encoders.ipynb #5e1f07aa
+class _ResUnit(nn.Module):
+    "Two convolutions, each with BN, and a shortcut around both"
+    def __init__(self, c_in, c, stride):
+        super().__init__()
+        self.conv1,self.bn1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False),nn.BatchNorm2d(c)
+        self.conv2,self.bn2 = nn.Conv2d(c, c, 3, 1, 1, bias=False),nn.BatchNorm2d(c)
+        self.downsample = nn.Identity() if c_in==c else nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), nn.BatchNorm2d(c))
+
+    def forward(self, x):
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h))+self.downsample(x))
+
 # %% ../nbs/02_encoders.ipynb #6a0095de
 class ResNet34(Trunk):
     "The ResNet34 trunk of ReStyle's other domains: (B,in_channels,H,W) to (B,512,H/16,W/16); published tensor names"
     def __init__(self,
         in_channels:int=6, # Channels of target and reconstruction together
     ):
-        from torchvision.models.resnet import BasicBlock
         super().__init__()
         self.conv1,self.bn1,self.relu = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False),nn.BatchNorm2d(64),nn.PReLU(64)
         blocks,last = [],64
         for c,n in ((64,3), (128,4), (256,6), (512,3)):
-            for i in range(n):
-                stride = 2 if i==0 and c>64 else 1
-                down = None if c==last else nn.Sequential(nn.Conv2d(last, c, 1, stride, bias=False), nn.BatchNorm2d(c))
-                blocks.append(BasicBlock(last, c, stride, down)); last = c
+            for i in range(n): blocks.append(_ResUnit(last, c, 2 if c!=last else 1)); last = c
         self.body = nn.Sequential(*blocks)
         self.in_channels,self.pyramid_channels,self.stride,self.taps,self.config = in_channels,(128,256,512),16,(6,12,15),{}
 

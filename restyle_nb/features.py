@@ -118,6 +118,7 @@ def read_moco(
     part = {k[len(prefix):]: v for k, v in source.tensors.items() if k.startswith(prefix) and not k.startswith(prefix + 'fc.')}
     if 'layer1.0.conv3.weight' not in part:
         raise CheckpointError(f'{source.name}: no ResNet50 in it (no {prefix}layer1.0.conv3.weight among {", ".join(list(source.tensors)[:4])}, …); give the MoCo-v2 file of a ResNet50')
+    import torchvision.models # here, as some versions of PyTorch cannot import it while a network is made without its numbers
     return assemble(MoCoNet, part, source.name, lambda k: prefix + k).still()
 
 # %% ../nbs/05a_features.ipynb #7523a491

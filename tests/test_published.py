@@ -369,7 +369,7 @@ else: torch.save(out, path, _use_new_zipfile_serialization=form == 'zip')
 '''
 READ = '''
 import os, resource, sys, time
-import torch, torchvision.models # code, not weights
+import torch
 from restyle_nb.checkpoints import read_generator, read_restyle
 def status(key):
     with open('/proc/self/status') as f: return next(int(l.split()[1]) * 1024 for l in f if l.startswith(key))
