@@ -264,17 +264,15 @@ class FPNHead(Head):
         spatial:tuple|int=16, # Largest c3 this head will see, (h,w) or one side, in cells
         width:int|None=None, # Channels inside a block; None for `style_dim`, as published
         gain:float=.1, # Spread of the last layer at the start
-        progressive:bool=False, # One code and deviations, as in `ProgressiveHead`?
     ):
         super().__init__()
         if len(in_channels)!=3: raise ValueError(f'FPNHead: {len(in_channels)} maps, expected 3; a Compact trunk needs at least three widths')
         self.spatial = (spatial,)*2 if isinstance(spatial, int) else tuple(spatial)
-        self.n_styles,self.style_dim,self.width,self.stages = n_styles,style_dim,width or style_dim,progressive
+        self.n_styles,self.style_dim,self.width = n_styles,style_dim,width or style_dim
         depth,c = max(1, math.ceil(math.log2(max(self.spatial)))),in_channels[2]
         self.groups = nn.ModuleList(SimpleHead(len(js), c, style_dim, 2**(depth+g), width, gain) for g,js in enumerate(fpn_groups(n_styles)))
         self.latlayer1,self.latlayer2 = nn.Conv2d(in_channels[1], c, 1),nn.Conv2d(in_channels[0], c, 1)
         self.config = dict(n_styles=n_styles, style_dim=style_dim, spatial=list(self.spatial), width=self.width)
-        if type(self) is FPNHead and progressive: self.config['progressive'] = True
 
     def forward(self, maps):
         codes,f,n = [],None,self.active
@@ -296,14 +294,7 @@ class ProgressiveHead(SimpleHead):
 
 class ProgressiveFPNHead(FPNHead):
     "The same, read from the pyramid, as in the original e4e: maps (c1, c2, c3) to (B,n_styles,style_dim)"
-    def __init__(self,
-        n_styles:int=18, # Styles of the generator, k
-        in_channels:tuple=(128,256,512), # Channels of the three maps, large to small
-        style_dim:int=512, # Width of a style, d
-        spatial:tuple|int=16, # Largest c3 this head will see, (h,w) or one side, in cells
-        width:int|None=None, # Channels inside a block; None for `style_dim`, as published
-        gain:float=.1, # Spread of the last layer at the start
-    ): super().__init__(n_styles, in_channels, style_dim, spatial, width, gain, progressive=True)
+    stages = True
 
 # %% ../nbs/02_encoders.ipynb #4b64597d
 def _one_by_one(head, codes): # the definition of the progressive heads

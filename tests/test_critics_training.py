@@ -1,5 +1,5 @@
 """Critics and progressive training: what they add to a run, and that a killed run with them equals an uninterrupted one to the bit."""
-import math, os, subprocess, sys, warnings
+import math, os, sys, warnings
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,8 @@ from restyle_nb.generator import Generator
 from restyle_nb.images import Geometry
 from restyle_nb.losses import Objective, ImageCritic, LatentCritic
 from restyle_nb.restyle import ReStyle
-from restyle_nb.training import History, Ranger, Trainer, TrainingError, stage_at
+from restyle_nb.training import Ranger, Trainer, TrainingError, stage_at
+from test_training import killed_and_resumed
 
 class Judge:
     "A critic in ten lines: what the protocol asks for and no more."
@@ -72,51 +73,10 @@ def same(a, b):
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
-CHILD = '''
-import os, random, signal, sys, time, traceback
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {here!r})
-from test_critics_training import trainer, go_on
-
-def run(folder):
-    "In a process of its own: start, or resume if something was saved."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try:
-        t = go_on({kind!r}, folder) if os.path.exists(folder + '/last.pt') else trainer({kind!r}, folder, update={update!r}, optimizer={optimizer!r})
-        t.fit(progress=False)
-        code = 0
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
-
-def size(f): return os.path.getsize(f) if os.path.exists(f) else 0
-
-assert os.waitpid(run({whole!r}), 0)[1] == 0
-killed, rng = 0, random.Random(0)
-while killed < 3:
-    pid, seen = run({torn!r}), size({torn!r} + '/history.jsonl')
-    while size({torn!r} + '/history.jsonl') <= seen and os.waitpid(pid, os.WNOHANG) == (0, 0): time.sleep(.001)
-    time.sleep(rng.random()*.05)
-    try: os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError: break
-    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-assert os.waitpid(run({torn!r}), 0)[1] == 0
-print('killed', killed)
-'''
-
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 @pytest.mark.parametrize('kind, update, optimizer', [('latent+delta', 'batch', 'ranger'), ('latent+delta', 'step', 'adam'), ('image+judge', 'batch', 'adam')])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind, update, optimizer):
-    whole, torn = str(tmp_path/'whole'), str(tmp_path/'torn')
-    code = CHILD.format(here=os.path.dirname(os.path.abspath(__file__)), whole=whole, torn=torn, kind=kind, update=update, optimizer=optimizer)
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
-    assert p.returncode == 0, p.stderr[-2000:]
-    assert int(p.stdout.split()[-1]) >= 2, 'the run was over before it could be killed'
-    a, b = History.read(f'{whole}/history.jsonl'), History.read(f'{torn}/history.jsonl')
-    assert a.rows == b.rows and a.rows[-1]['iteration'] == 18
-    a, b = (torch.load(f'{o}/last.pt', weights_only=True) for o in (whole, torn))
+    a, b = killed_and_resumed(tmp_path, 'test_critics_training', f'trainer({kind!r}, folder, update={update!r}, optimizer={optimizer!r})', f'go_on({kind!r}, folder)', 3, 18)
     assert all(same(a[k], b[k]) for k in ('encoder', 'optimizer', 'critics', 'stage', 'history'))
     assert len(a['critics']) == len(kind.removesuffix('+delta').split('+'))
 

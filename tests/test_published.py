@@ -407,3 +407,9 @@ def test_a_mapping_with_another_learning_rate_is_published_whole():
     z, h = torch.randn(5, 12), read_generator(publish_generator(g))
     assert h.config['mapping_lr'] == .01
     assert (h.map(z) - g.map(z)).abs().max() <= 1e-5*g.map(z).std()
+
+
+def test_wrapped_in_data_parallel_with_its_optimiser():
+    "What only training needs is set aside before the common `module.` is taken off"
+    source = look(dict(state_dict={'module.a.weight': torch.ones(2)}, optimizer=dict(state={0: dict(exp_avg=torch.zeros(2))})))
+    assert list(source.tensors) == ['a.weight'] and list(source.training) == ['optimizer.state.0.exp_avg']

@@ -34,7 +34,7 @@ import os, random, signal, sys, time, traceback
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
-from test_training import trainer, go_on
+from {module} import trainer, go_on
 
 def run(folder):
     "In a process of its own: start, or resume if something was saved."
@@ -42,7 +42,7 @@ def run(folder):
     if pid: return pid
     code = 1
     try:
-        t = go_on(folder) if os.path.exists(folder + '/last.pt') else trainer(folder, update={update!r})
+        t = {again} if os.path.exists(folder + '/last.pt') else {new}
         t.fit(progress=False)
         code = 0
     except BaseException: traceback.print_exc()
@@ -52,7 +52,7 @@ def size(f): return os.path.getsize(f) if os.path.exists(f) else 0
 
 assert os.waitpid(run({whole!r}), 0)[1] == 0
 killed, rng = 0, random.Random(0)
-while killed < 5:
+while killed < {kills}:
     pid, seen = run({torn!r}), size({torn!r} + '/history.jsonl')
     while size({torn!r} + '/history.jsonl') <= seen and os.waitpid(pid, os.WNOHANG) == (0, 0): time.sleep(.001)
     time.sleep(rng.random()*.05)
@@ -63,17 +63,21 @@ assert os.waitpid(run({torn!r}), 0)[1] == 0
 print('killed', killed)
 '''
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
-@pytest.mark.parametrize('update', ['batch', 'step'])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, update):
+def killed_and_resumed(tmp_path, module, new, again, kills, iterations):
+    "The last checkpoints of a run that was left alone and of one that was killed, whose histories agree to every digit"
     whole, torn = str(tmp_path/'whole'), str(tmp_path/'torn')
-    code = CHILD.format(here=os.path.dirname(os.path.abspath(__file__)), whole=whole, torn=torn, update=update)
+    code = CHILD.format(here=os.path.dirname(os.path.abspath(__file__)), whole=whole, torn=torn, module=module, new=new, again=again, kills=kills)
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr[-2000:]
     assert int(p.stdout.split()[-1]) >= 2, 'the run was over before it could be killed'
     a, b = History.read(f'{whole}/history.jsonl'), History.read(f'{torn}/history.jsonl')
-    assert a.rows == b.rows and a.rows[-1]['iteration'] == 20          # every digit of every loss
-    a, b = (torch.load(f'{o}/last.pt', weights_only=True) for o in (whole, torn))
+    assert a.rows == b.rows and a.rows[-1]['iteration'] == iterations
+    return [torch.load(f'{o}/last.pt', weights_only=True) for o in (whole, torn)]
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+@pytest.mark.parametrize('update', ['batch', 'step'])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, update):
+    a, b = killed_and_resumed(tmp_path, 'test_training', f'trainer(folder, update={update!r})', 'go_on(folder)', 5, 20)
     assert all(torch.equal(a['encoder'][k], b['encoder'][k]) for k in a['encoder'])
     assert all(torch.equal(v['exp_avg_sq'], b['optimizer']['state'][k]['exp_avg_sq']) for k, v in a['optimizer']['state'].items())
 
