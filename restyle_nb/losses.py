@@ -49,7 +49,7 @@ def _package_lpips(
         p.data.copy_(t)
     return m.eval().requires_grad_(False)
 
-# %% ../nbs/06_losses.ipynb #cfb48053
+# %% ../nbs/06_losses.ipynb #035e939b
 class LPIPS(nn.Module):
     "Learned perceptual distance of images in [-1,1]: one number each, 0 for equal pictures. Frozen, differentiable in its input."
     def __init__(self,
@@ -69,10 +69,8 @@ class LPIPS(nn.Module):
 
     def features(self, x:torch.Tensor)->torch.Tensor:
         "Where a picture (B,C,H,W) lies in LPIPS space: (B,D), with LPIPS the squared distance between two such vectors."
-        h, out = (_rgb(x) - self.shift)/self.scale, []
-        h = h.contiguous(memory_format=torch.channels_last)
-        for i, part in enumerate(self.slices):
-            h = part(h)                                                   # (B,c,h,w)
+        out = []
+        for i, h in enumerate(self.layers(x)):                            # (B,c,h,w)
             f = _full(h)
             length = f.square().sum(1, keepdim=True).clamp_min(1e-20)     # clamped: no 0/0, neither here nor in the gradient
             f = f*(getattr(self, f'gain{i}')/(f.shape[2]*f.shape[3])**.5/length.sqrt())
@@ -89,6 +87,15 @@ class LPIPS(nn.Module):
         if f.shape != target.shape: raise ValueError(f'LPIPS: features of {tuple(y.shape)} are {tuple(f.shape)}, of the target {tuple(target.shape)}; '
                                                      'both pictures must have the same size')
         return (f - target).square().sum(1)
+
+# %% ../nbs/06_losses.ipynb #014c7222
+@patch
+def layers(self:LPIPS, x:torch.Tensor):
+    "What AlexNet's five layers see in a picture (B,C,H,W), one after the other."
+    h = ((_rgb(x) - self.shift)/self.scale).contiguous(memory_format=torch.channels_last)
+    for part in self.slices:
+        h = part(h)
+        yield h
 
 # %% ../nbs/06_losses.ipynb #6049710d
 def _full(h): return h.to(torch.promote_types(h.dtype, torch.float32))
@@ -122,19 +129,20 @@ class _Alike(nn.Module):
 
     def forward(self, y, target): return 1 - self.similarity(y, target)
 
-# %% ../nbs/06_losses.ipynb #ee314362
+# %% ../nbs/06_losses.ipynb #01a76902
 class Identity(_Alike):
     "Is it the same person? 1 − cosine of face features (section 3.1): `loss(y, x or features) -> (B,)`. Frozen."
     def __init__(self,
-        net,             # `FaceNet`, or the path (or mapping) of one
+        net,             # `FaceNet`, or the path (or mapping) of one; or a judge of chapter `15a`, which sees whole pictures
         box='published', # Where the face is, as in `face_crop`
     ):
         super().__init__(net, read_face_net, 'FaceNet')
-        self.box = box
+        self.box, self.whole = box, hasattr(self.net, 'features')   # a network with `features` of its own sees whole pictures
 
     def features(self, x:torch.Tensor)->torch.Tensor:
         "Unit vectors (B,512) of aligned portraits (B,C,H,W) in [-1,1]."
-        return F.normalize(_full(self.net(face_crop(as_rgb(x, 'Identity'), self.box))))
+        x = as_rgb(x, 'Identity')
+        return F.normalize(_full(self.net(x if self.whole else face_crop(x, self.box))))
 
 class MoCo(_Alike):
     "Is it the same thing? 1 − cosine of MoCo features (section 3.1, App. A): `loss(y, x or features) -> (B,)`. Frozen."
@@ -409,7 +417,7 @@ def learn(self:LatentCritic,
     with torch.no_grad(): real = self.generator.map(z)
     return self.fight(i, self.real_pool.query(real), self.fake_pool.query(codes[:, :_upto(codes, stage)]))
 
-# %% ../nbs/06_losses.ipynb #4c581f53
+# %% ../nbs/06_losses.ipynb #a5f1ce0e
 class ImageCritic(Critic):
     "IDInvert's image discriminator (Zhu et al. 2020): is the reconstruction a photograph?"
     name = 'image'
@@ -422,13 +430,14 @@ class ImageCritic(Critic):
         r1_every:int=16,     # Iterations from one penalty to the next
         image_channels:int=3,# Planes of a fresh discriminator's pictures
         seed:int=0,          # Of everything random
+        betas:tuple=(.9,.99),# Of Adam
         **kw,                # Further arguments of a fresh `Discriminator`: `channels`, `channel_multiplier`
     ):
         size = discriminator if isinstance(discriminator, (int, tuple, list)) else geometry and geometry.encoder
         if not isinstance(discriminator, nn.Module):
             if size is None: raise ValueError('ImageCritic: give a discriminator, the size (H,W) of its pictures, or the geometry of the model')
             discriminator = _seeded(seed, lambda: Discriminator(**_discriminator_size(size), image_channels=image_channels, **kw))
-        super().__init__(discriminator, weight, lr, r1, r1_every, seed, betas=(.9, .99))
+        super().__init__(discriminator, weight, lr, r1, r1_every, seed, betas)
         self.geometry = geometry
 
     def view(self, y): return self.geometry.feed(y) if self.geometry and tuple(y.shape[-2:]) != self.geometry.encoder else y

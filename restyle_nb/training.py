@@ -473,12 +473,12 @@ def _world(self:Trainer):
     return dict(pictures=self.loader.n, shape=list(x.shape[1:]), first_sum=float(x.double().sum()), losses=losses)
 
 # %% ../nbs/07_training.ipynb #7a42c136
-def _read(path):
+def _read(path, needs='encoder'):
     path = Path(path)
     if not path.is_file(): raise TrainingError(f'{path}: no checkpoint to resume; begin with Trainer(…, folder={str(path.parent)!r}).fit()')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise TrainingError(f'{path}: not a checkpoint of the trainer ({type(e).__name__}); give the folder of a run') from None
-    if not isinstance(state, dict) or 'encoder' not in state: raise TrainingError(f'{path}: not a checkpoint of the trainer; give the folder of a run')
+    if not isinstance(state, dict) or needs not in state: raise TrainingError(f'{path}: not a checkpoint of the trainer; give the folder of a run')
     return state
 
 @patch
