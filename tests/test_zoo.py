@@ -7,7 +7,7 @@ from restyle_nb.encoders import build_encoder
 from restyle_nb.generator import Generator
 from restyle_nb.images import write_sheet
 from restyle_nb.restyle import ReStyle
-from restyle_nb.zoo import (ModelCard, checked, held_out, held_out_attributes, list_files, list_models, load_generator, load_model,
+from restyle_nb.zoo import (ModelCard, annotate, card, checked, domains, held_out, held_out_attributes, list_files, list_models, load_generator, load_model,
                             training_attributes, training_sample, write_card)
 
 WEIGHTS = Path(__file__).resolve().parents[1]/'restyle_nb'/'weights'
@@ -86,6 +86,68 @@ def test_cards(world, tmp_path):
     with pytest.raises(AttributeError, match='colour'): card.colour
     with pytest.raises(CheckpointError, match='no such file'): write_card(tmp_path/'c.bin', 'c', 'features', **about)
 
+def test_two_worlds_keep_to_themselves(world, tmp_path):
+    import shutil
+    d = shutil.copytree(world, tmp_path/'w'); torch.manual_seed(1)
+    g = Generator(size=64, style_dim=16, n_mlp=2, channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 8}); g.estimate_latent_avg(200)
+    write_card(save_generator(g, d/'moon_generator.safetensors'), 'moon-generator', 'generator', **about)
+    for file, name, head in (('moon_restyle', 'moon', 'simple'), ('moon_restyle_e4e', 'moon-restyle-e4e', 'progressive')):
+        e = build_encoder('compact', head, n_styles=10, style_dim=16, input_size=64, widths=(8, 8, 8, 8))
+        write_card(save_encoder(ReStyle(e, g), d/f'{file}.safetensors'), name, 'restyle', **about)
+    write_card(write_sheet(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), d/'moon_heldout.png'), 'moon-heldout-pictures', 'pictures', **about)
+    (d/'moon_identity.safetensors').write_bytes(b'judge'); write_card(d/'moon_identity.safetensors', 'moon-identity', 'judge', **about)
+    assert [c.name for c in list_models(d)] == ['moon', 'moon-restyle-e4e', 'toy', 'toy-single', 'toy-single-long'] and domains(d) == ['moon', 'toy']
+    moon, toy = load_model('moon', 'cpu', folder=d), load_model('toy', 'cpu', folder=d)
+    assert torch.equal(moon.latent_avg, g.latent_avg) and not torch.equal(moon.latent_avg, toy.latent_avg)
+    assert type(load_model('moon-restyle-e4e', 'cpu', folder=d).encoder.head).__name__ != type(moon.encoder.head).__name__
+    assert len(held_out(name='moon', folder=d)) == 2 and len(held_out(name='toy', folder=d)) == 5
+    with pytest.raises(CheckpointError, match='moon-identity'): load_model('moon-identity', 'cpu', folder=d)   # a judge is no model
+    with pytest.raises(CheckpointError, match='moon_train.png'): training_sample(name='moon', folder=d)
+
+def test_facts_stay_with_their_file(tmp_path):
+    path = tmp_path/'a.bin'; path.write_bytes(b'one'); write_card(path, 'a', 'features', **about, minutes=3)
+    first = annotate('a.bin', tmp_path, metrics={'step 1': dict(L2=[.031, .002], n=256)}, measured='on nothing', limits=['none known', 'a | b'])
+    assert first.minutes == 3 and card('a', tmp_path) == first == card('a.bin', tmp_path)
+    assert write_card(path, 'a', 'features', **about).metrics == {'step 1': dict(L2=[.031, .002], n=256)}   # the same bytes
+    assert 'minutes' not in annotate('a.bin', tmp_path, minutes=None)
+    text = str(card('a', tmp_path))
+    for part in ('| step 1 | 0.031 ± 0.002 | 256 |', '*Measured* on nothing:', '- none known', first.sha256, about['origin']): assert part in text, part
+    with pytest.raises(ValueError, match='bytes, sha256'): annotate('a.bin', tmp_path, sha256='0', bytes=1)
+    path.write_bytes(b'two')
+    with pytest.raises(CheckpointError, match='sha256'): annotate('a.bin', tmp_path, more=1)    # what was measured, if the file is another?
+    assert 'metrics' not in write_card(path, 'a', 'features', **about) and 'metrics' not in card('a', tmp_path)
+    with pytest.raises(CheckpointError, match='no card'): annotate('b.bin', tmp_path, more=1)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ['a.bin', 'weights.json']
+
+def test_a_broken_note_leaves_the_table(tmp_path):
+    path = tmp_path/'a.bin'; path.write_bytes(b'one'); write_card(path, 'a', 'features', **about)
+    before = (tmp_path/'weights.json').read_bytes()
+    with pytest.raises(TypeError): annotate('a.bin', tmp_path, metrics=torch.zeros(2))   # no JSON
+    assert (tmp_path/'weights.json').read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+def _write_cards(args):
+    folder, k = args
+    for i in range(12):
+        path = Path(folder)/f'{k}_{i}.bin'; path.write_bytes(b'x'); write_card(path, path.stem, 'features', **about)
+        annotate(path.name, folder, made_by=k)
+
+def test_several_processes_write_one_table(tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with ProcessPoolExecutor(3, mp_context=get_context('fork')) as pool: list(pool.map(_write_cards, [(tmp_path, k) for k in 'abc']))
+    cards = list_files(tmp_path)
+    assert len(cards) == 36 and all(c.made_by == c.file[0] for c in cards)
+
+def test_the_pictures_of_a_world_have_one_card(world):
+    annotate('toy_heldout.png', world, about='Noise.', limits=['nothing is seen'])
+    c = card('toy-pictures', world)
+    assert set(c.files) == {'toy_heldout.png', 'toy_heldout.json', 'toy_train.png', 'toy_train.json'}
+    assert c.bytes == sum((world/f).stat().st_size for f in c.files) and 'sha256' not in c and c.limits == ['nothing is seen']
+    text = c._repr_markdown_()
+    assert all(o.sha256[:16] in text for o in list_files(world) if o.file in c.files) and 'Noise.' in text
+    with pytest.raises(CheckpointError, match='did you mean toy-pictures'): card('toy-picture', world)
+    assert card('restyle-psp-faces').url                                        # one that others published
+
 
 # The real ones
 
@@ -94,8 +156,18 @@ def test_every_embedded_file_has_a_card_and_every_card_a_file():
     for c in cards:
         assert checked(c.file).stat().st_size == c.bytes
         assert all(c.get(k) for k in ('name', 'kind', 'origin', 'licence', 'recipe')), c.file
+    names = [c.name for c in cards]
+    assert len(set(names)) == len(names) and all(c.name in str(card(c.name)) and c.sha256 in str(c) for c in cards)
     on_disk = {p.name for p in WEIGHTS.iterdir() if p.suffix in ('.safetensors', '.png', '.json', '.npz')} - {'weights.json', 'released.json'}
     assert {c.file for c in cards} == on_disk
+
+def test_every_card_says_what_it_is_and_what_it_is_not():
+    "Rerun recipe 11 with CARDS=1 after a weight file was replaced: what was measured on the old file went with it"
+    for c in list_files():
+        if c.kind in ('pictures', 'attributes') and not c.file.endswith('_heldout.png'): continue       # part of the card of their world
+        assert c.get('about') and c.get('limits'), c.file
+        if c.kind in ('restyle', 'single', 'generator', 'judge'): assert c.get('training') and c.get('metrics') and c.get('measured'), c.file
+        if c.kind == 'restyle': assert {'step 1', 'step 5'} <= set(c.metrics), c.file
 
 def test_embedded_models_are_offline(monkeypatch):
     def refuse(*a, **k): raise OSError('the zoo asked for the network')
@@ -110,6 +182,25 @@ def test_embedded_models_are_offline(monkeypatch):
     assert single.encoder.config == load_model('faces64', 'cpu').encoder.config
     assert single.invert(x[:32], 1).errors[1].mean() < errors[0]
 
-def test_held_out_pictures_are_held_out():
-    a, b = held_out().flatten(1), training_sample().flatten(1)
+@pytest.mark.parametrize('name', domains())
+def test_held_out_pictures_are_held_out(name):
+    a, b = held_out(name=name).flatten(1), training_sample(name=name).flatten(1)
+    assert len(a) == len(held_out_attributes(name=name)) == 256 and len(b) == len(training_attributes(name=name))
     assert torch.cdist(a, b).min() > 1
+    assert len(a.unique(dim=0)) == 256
+
+def test_every_world_has_what_its_cards_promise():
+    assert domains() == ['earth64', 'faces64', 'toons64']
+    for c in list_models():
+        net = load_model(c.name, 'cpu')
+        domain = c.name.split('-')[0]
+        inv = net.invert(held_out(4, domain), 5 if c.kind == 'restyle' else 1)
+        assert inv.errors[-1].mean() < inv.errors[0].mean(), c.name
+        assert c.generator == f'{domain}_generator.safetensors' and torch.equal(net.latent_avg, load_generator(domain, 'cpu').latent_avg), c.name
+
+def test_toons_are_the_faces():
+    "Toon i shows the person of face i: the same attributes, and pictures that agree more than those of two persons"
+    assert held_out_attributes(name='toons64') == held_out_attributes(name='faces64')
+    a, b = (o.flatten(1) - o.flatten(1).mean(0) for o in (held_out(name='toons64'), held_out(name='faces64')))
+    near = torch.cdist(a, b)
+    assert (near.diagonal() < near.median(1).values).float().mean() > .9

@@ -171,7 +171,8 @@ def close(a: str, b: str) -> bool:
 
 
 def same_text(a: str, b: str) -> bool:
-    "Words exactly, numbers nearly, spaces (which align columns) not at all"
+    "Words exactly, numbers nearly, spaces (which align columns) not at all; a hash is a word, though parts of it look like numbers"
+    if a == b: return True
     words = lambda s: re.sub(r'\s+', '', NUMBER.sub('#', s))
     xs, ys = NUMBER.findall(a), NUMBER.findall(b)
     return words(a) == words(b) and len(xs) == len(ys) and all(map(close, xs, ys))
