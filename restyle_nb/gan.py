@@ -203,13 +203,13 @@ def _lengths(self:GanTrainer, z):
     self._descend(self.path*self.path_every*(length - self.path_mean).square().mean())
     return length.mean().detach()
 
-# %% ../nbs/07a_gan.ipynb #f151278b
+# %% ../nbs/07a_gan.ipynb #6882252c
 @patch
 def fit(self:GanTrainer,
     n:int|None=None,    # Iterations to do now; None: up to `iterations`
     progress=None,      # None: a bar if stderr is a terminal; True: elsewhere a line a minute; False: silence
 ):                     # `History` so far
-    "Train, log and save; at the end `ema` holds the generator to keep. `TrainingError` if a loss is not finite."
+    "Train, log and save; at the end `ema` holds the generator to keep (`ema.estimate_latent_avg()` once, before it is saved). `TrainingError` if a loss is not finite."
     if n is None and self.iterations is None: raise TrainingError('how long? give fit(n) or GanTrainer(iterations=…)')
     end = self.iterations if n is None else self.iteration + n
     self._preflight()
