@@ -15,7 +15,7 @@ from torch import nn
 import torch.nn.functional as F
 from .images import loader, to_float
 from .losses import ImageCritic, LPIPS, _seeded
-from .training import History, SCHEDULES, TrainingError, _Bar, _Start, _finite, _read, _write
+from .training import History, SCHEDULES, TrainingError, _Start, _finite, _go, _read, _tell, _write
 
 # %% ../nbs/07a_gan.ipynb #905a12d5
 class FeatureDiscriminator(nn.Module):
@@ -107,7 +107,7 @@ class GanTrainer:
         self.generator, self.data, self.z, self.anchor, self.folder = generator, data, z, anchor, folder and Path(folder)
         self.device = torch.device(device) if device is not None else next(generator.parameters()).device
         self.critics = [pixel_critic(generator)] if critics is None else list(critics)
-        self.iteration, self.history, self.told, self.path_mean = 0, History(), {}, 0.
+        self.iteration, self.history, self.told, self.path_mean, self.val = 0, History(), {}, 0., None
         self._arrange()
 
 # %% ../nbs/07a_gan.ipynb #426d8280
@@ -213,13 +213,7 @@ def fit(self:GanTrainer,
     if n is None and self.iterations is None: raise TrainingError('how long? give fit(n) or GanTrainer(iterations=…)')
     end = self.iterations if n is None else self.iteration + n
     self._preflight()
-    due = lambda every: self.iteration % every == 0 or self.iteration == end
-    with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []), _Bar(self.iteration, end, progress) as bar:
-        while self.iteration < end:
-            self._iterate()
-            row = self._log() if due(self.log_every) else None
-            if self.folder and due(self.save_every): self.save()
-            bar.update(self.iteration, row)
+    _go(self, end, progress)
     return self.history
 
 @patch
@@ -306,7 +300,7 @@ def resume(cls:GanTrainer,
     for c in t.critics: c.load_state_dict(state['critics'][c.name])
     t.iteration, t.history, t.path_mean = state['iteration'], History(state['history']), state['path_mean']
     t.told = {k: (v.to(t.device), n) for k, (v, n) in state['told'].items()}
-    (t.folder/'history.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in t.history.rows))
+    _tell(t)
     return t
 
 # %% ../nbs/07a_gan.ipynb #b921a4a8

@@ -194,16 +194,20 @@ def fit(self:Trainer,
     self._enter(self.stage_of(self.iteration))
     self.preflight()
     if self.folder and not self.iteration: self.save()
-    due = lambda every: self.iteration % every == 0 or self.iteration == end
-    with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []), _Bar(self.iteration, end, progress) as bar:
-        while self.iteration < end:
-            self._iterate()
-            row = self._log() if due(self.log_every) else None
-            if self.val is not None and due(self.val_every): row = self._validated()
-            if self.folder and due(self.save_every): self.save()
-            bar.update(self.iteration, row)
+    _go(self, end, progress)
     self._rest()
     return self.history
+
+def _go(t, end, progress):
+    "The loop of every trainer: iterate, and log, validate and save when it is time"
+    due = lambda every: t.iteration % every == 0 or t.iteration == end
+    with torch.random.fork_rng(devices=[t.device] if t.device.type == 'cuda' else []), _Bar(t.iteration, end, progress) as bar:
+        while t.iteration < end:
+            t._iterate()
+            row = t._log() if due(t.log_every) else None
+            if t.val is not None and due(t.val_every): row = t._validated()
+            if t.folder and due(t.save_every): t.save()
+            bar.update(t.iteration, row)
 
 # %% ../nbs/07_training.ipynb #d8a58e5b
 @patch(as_prop=True)
@@ -492,9 +496,14 @@ def _load(self:Trainer, state):
     self.sums = None if state['sums'] is None else state['sums'].to(self.device)
     self.heard = {k: (v.to(self.device), n) for k, (v, n) in state.get('heard', {}).items()}
     self._rest()
-    self._mine, part = True, self.folder/'history.jsonl.part'
-    part.write_text(''.join(json.dumps(r) + '\n' for r in self.history.rows))
-    os.replace(part, self.folder/'history.jsonl')
+    self._mine = True
+    _tell(self)
+
+def _tell(t):
+    "Write the history anew: rows after the checkpoint are not part of the run that goes on"
+    part = t.folder/'history.jsonl.part'
+    part.write_text(''.join(json.dumps(r) + '\n' for r in t.history.rows))
+    os.replace(part, t.folder/'history.jsonl')
 
 @patch
 def restore_best(self:Trainer):
