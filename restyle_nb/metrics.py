@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['default_metrics', 'score', 'Table', 'markdown_table', 'text_table', 'per_step', 'summary', 'Difference', 'compare',
-           'identity_metric', 'QualityTime', 'quality_time', 'plot_quality_time']
+           'identity_metric', 'QualityTime', 'quality_time', 'plot_quality_time', 'steady', 'time_ratio', 'operations']
 
-# %% ../nbs/08_metrics.ipynb #eb628036
+# %% ../nbs/08_metrics.ipynb #2c28ca52
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from .images import to_float
 from .losses import LPIPS, Identity, l2
-from .restyle import Inversion, ReStyle
+from .restyle import Clock, Inversion, ReStyle
 
 # %% ../nbs/08_metrics.ipynb #05be5296
 @lru_cache(maxsize=2)
@@ -217,7 +218,7 @@ def quality_time(
     inversions,      # Mapping name -> `Inversion` with `seconds`, `ReStyle`, or function of x that returns such an `Inversion`
     metrics=None,    # Mapping name -> metric; L2 and LPIPS if None
     x=None,          # Pictures (N,C,H,W); needed where something is to be run
-    n_steps=5,       # Steps of a `ReStyle`, or a mapping name -> steps (5 for the others); an encoder that sees x only takes 1
+    n_steps=None,    # Steps of a `ReStyle`, or a mapping name -> steps; None: as many as it was trained for
     unit=None,       # Name of the method whose first result takes time 1; None: the first
     repeats=3,       # Runs of a model or function that count, after one that does not; the shortest time of each step is taken
     batch_size=None, # Pictures at a time for a `ReStyle`; None: all
@@ -237,7 +238,7 @@ class _Same:
 # %% ../nbs/08_metrics.ipynb #9a7d725a
 def _runner(k, o, n_steps, batch_size):
     if not isinstance(o, ReStyle): return o
-    n = (n_steps if isinstance(n_steps, int) else n_steps.get(k, 5)) if o.refines else 1
+    n = (n_steps.get(k) if isinstance(n_steps, dict) else n_steps) if o.refines else 1
     return lambda x: o.invert(x, n, batch_size=batch_size, timed=True)
 
 def _race(run, x, repeats):
@@ -279,13 +280,16 @@ def _repr_markdown_(self:QualityTime):
     lines = [f'| method | step | time ({self.unit} = 1) | '+' | '.join(k.upper() for k in ks)+' | pictures |', '|:--|--:|--:|'+'--:|'*(len(ks)+1)]
     return '\n'.join(lines+[f"| {r['name']} | {r['step']} | {r['times']:.2f} | "+' | '.join(_cell(r,k) for k in ks)+f" | {r['n']} |" for r in self])
 
-# %% ../nbs/08_metrics.ipynb #e18d7cec
+# %% ../nbs/08_metrics.ipynb #8bb43306
 def plot_quality_time(
     table,       # `QualityTime`
     metrics=None, # Names of the scores to draw, an axis each; None: all
     seconds=False, # Seconds for all pictures, beside the device's name, instead of multiples?
     least=.05,   # Shortest time shown, in multiples: leaves out starts that cost nothing
     axs=None,    # Matplotlib axes, one a score; None: a new figure
+    log=False,   # Scores on a logarithmic axis too, as in the paper? Of which more is better, 1 - score is shown
+    styles=None, # Mapping name -> arguments of `errorbar`, such as color, ls and marker
+    legend=True, # Into the first axis?
 ):               # The axes
     "Quality against time, on a logarithmic axis (Figs. 5, 18 and 19); bars are ± one standard error"
     import matplotlib.pyplot as plt
@@ -294,14 +298,104 @@ def plot_quality_time(
     if axs is None: axs = plt.subplots(1, len(ks), figsize=(3*len(ks), 2.6), dpi=72, squeeze=False, layout='constrained')[1][0]
     span = max(r['times'] for r in table)/least
     for ax,k in zip(axs, ks):
+        flip = log and k in table.higher
         for name in table.names:
-            rows = [r for r in table.of(name) if r['times']>=least]
-            ax.errorbar([r['seconds' if seconds else 'times'] for r in rows], [r[k] for r in rows], [r[f'{k}_se'] or 0 for r in rows], marker='o', ms=3, lw=1.2, label=name)
+            rows,look = [r for r in table.of(name) if r['times']>=least],dict(marker='o', ms=3, lw=1.2, label=name)|(styles or {}).get(name, {})
+            ax.errorbar([r['seconds' if seconds else 'times'] for r in rows], [1-r[k] if flip else r[k] for r in rows], [r[f'{k}_se'] or 0 for r in rows], **look)
         ax.set_xscale('log', subs=[]); ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span<1000 else (1,)))
         ax.xaxis.set_major_formatter('{x:g}')
-        ax.set(title=k.upper()+(' (more is better)' if k in table.higher else ''),
+        ax.set(title=f'1 − {k.upper()}' if flip else k.upper()+(' (more is better)' if k in table.higher else ''),
                xlabel=f"seconds for {table[0]['n']} pictures\n({table.device})" if seconds else f'time ({table.unit} = 1)')
-    axs[0].legend(fontsize=7)
+        if log: _log_scores(ax)
+    if legend: axs[0].legend(fontsize=7)
     return axs
 
+def _log_scores(ax):
+    from matplotlib.ticker import LogLocator, NullFormatter
+    ax.set_yscale('log'); ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter(NullFormatter())
+
 QualityTime.plot = plot_quality_time
+
+# %% ../nbs/08_metrics.ipynb #f4c9befe
+def steady(
+    inv:Inversion, # A search with `seconds`; `labels` are its iterations
+    start=None,    # Seconds that went by before it began, such as those of an encoder; None: as measured
+)->Inversion:      # The same one, with times that are proportional to the iterations done
+    "Charge every iteration what it cost in the shortest stretch between two snapshots. ValueError for an inversion without times."
+    if inv.seconds is None: raise ValueError('steady: this Inversion has no times; make it with timed=True, or by project')
+    at = torch.tensor(inv.labels or list(range(len(inv.seconds))), dtype=torch.float64)
+    inv.seconds = (inv.seconds[0] if start is None else start)+(at-at[0])*(inv.seconds.diff()/at.diff()).min()
+    return inv
+
+# %% ../nbs/08_metrics.ipynb #a2e852c8
+@patch
+def times_as_long(self:QualityTime,
+    name,           # Method that takes its time, such as a search
+    other,          # Method to match
+    step=-1,        # Row of `other`; -1 is the last
+    metric='lpips', # Which score
+    n_boot=1000,    # Bootstrap draws of the pictures
+    level=.95,      # Share of the draws inside the interval
+    seed=0,         # Of the draws
+):                  # (value, low, high); infinite where the score is not reached
+    "How many times as long `name` takes until its mean score is as good as that of `other` at `step` (section 5.2)"
+    sign = 1 if metric in self.higher else -1
+    a,b = (sign*self.scores[k][metric].double() for k in (name, other))
+    t,s = (torch.tensor([r['seconds'] for r in self.of(k)], dtype=torch.float64) for k in (name, other))
+    def ratios(i): return _crossing(t, a[:,i].mean(-1), b[step,i].mean(-1))/s[step]
+    draws = ratios(torch.randint(b.shape[1], (n_boot,b.shape[1]), generator=torch.Generator().manual_seed(seed))).sort().values
+    k = round((1-level)/2*(n_boot-1))
+    return ratios(torch.arange(b.shape[1])[None]).item(),draws[k].item(),draws[-1-k].item()
+
+def _crossing(t, v, goal): # (T,), (T,D), (D,) -> (D,)
+    "First time at which each curve of `v`, the larger the better, comes up to its goal"
+    there = v>=goal
+    i = there.double().argmax(0)
+    j,d = (i-1).clamp_min(0),torch.arange(len(goal))
+    share = ((goal-v[j,d])/(v[i,d]-v[j,d])).nan_to_num(1.).clamp(0, 1)
+    between = torch.where((t[j]>0)&(i>0), t[j]*(t[i]/t[j].clamp_min(1e-30))**share, t[i])
+    return between.where(there.any(0), torch.inf)
+
+# %% ../nbs/08_metrics.ipynb #f5857afe
+@patch
+def recount(self:QualityTime,
+    costs,       # Mapping name -> cost of each row of that method, in any unit
+    unit=None,   # As in `QualityTime`; None: the first of `costs`
+    device='no device', # What the costs were measured on
+)->QualityTime:
+    "The same scores against another cost than measured seconds; methods that have none are left out"
+    rows = {k:SimpleNamespace(seconds=torch.as_tensor(c, dtype=torch.float64), labels=[r['step'] for r in self.of(k)], codes=torch.empty(0)) for k,c in costs.items()}
+    table = QualityTime(rows, {k:self.scores[k] for k in costs}, unit, self.higher)
+    table.device = device
+    return table
+
+# %% ../nbs/08_metrics.ipynb #6c5f77b0
+def time_ratio(
+    f,           # Function without arguments
+    g,           # The one it is compared with
+    rounds=12,   # Rounds that count, after one that does not; each calls f, g, g, f
+    device=None, # Device whose queue is to be waited for; None: the CPU
+    n_boot=1000, # Bootstrap draws of the rounds
+    level=.95,   # Share of the draws inside the interval
+):               # (value, low, high)
+    "Time of `f` as a multiple of that of `g`: ratio of their shortest times, and its bootstrap interval over rounds"
+    clock,t = Clock(device),[]
+    for _ in range(rounds+1):
+        now = [clock()]
+        for o in (f, g, g, f): o(); now.append(clock())
+        t.append(torch.tensor(now, dtype=torch.float64).diff())
+    t = torch.stack(t[1:])                                             # (rounds,4)
+    a,b = torch.minimum(t[:,0], t[:,3]),torch.minimum(t[:,1], t[:,2])
+    i = torch.randint(rounds, (n_boot,rounds), generator=torch.Generator().manual_seed(0))
+    draws = a[i].amin(1)/b[i].amin(1)
+    return (a.min()/b.min()).item(),draws.quantile((1-level)/2).item(),draws.quantile((1+level)/2).item()
+
+# %% ../nbs/08_metrics.ipynb #192e1048
+def operations(
+    f,         # A function without arguments
+)->int:        # Multiply-adds of convolutions and matrix products, of the backward pass too if there is one
+    "Call `f` and count its work"
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter: f()
+    return counter.get_total_flops()//2

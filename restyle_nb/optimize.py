@@ -214,14 +214,14 @@ def project(
 def hybrid(
     net,            # `ReStyle`
     x,              # Pictures, as in `ReStyle.invert`
-    n_steps:int|None=None, # Steps of the encoder; None: 5, or 1 for an encoder that sees `x` alone
+    n_steps:int|None=None, # Steps of the encoder, as in `ReStyle.invert`
     steps:int=500,  # Iterations of the search, as many as in the paper
     initial_noise:float=0., # Noise on the code at first; `project`'s .05 would shake off what the encoder found
     **kw,           # Other arguments of `project`
 )->Inversion:       # Entry 0 is what the encoder found; its time is in `.seconds`
     "Let the encoder begin and the search go on (the hybrid of section 5.2)."
     if 'start' in kw: raise ValueError('hybrid starts from what the encoder finds; for another start use project(…, start=…)')
-    with torch.inference_mode(False): start = net.invert(x, n_steps or (5 if net.refines else 1), timed=True)
+    with torch.inference_mode(False): start = net.invert(x, n_steps, timed=True)
     return project(net, start.x, steps=steps, start=start, initial_noise=initial_noise, **kw)
 
 # %% ../nbs/09_optimize.ipynb #aaeabfe7

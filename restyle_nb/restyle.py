@@ -30,11 +30,12 @@ class ReStyle(nn.Module):
         generator,        # Generator; its weights are frozen here
         geometry:Geometry|None=None, # Encoder's and generator's picture sizes; None: whole picture, at most 256 pixels a side
         latent_avg:torch.Tensor|None=None, # Average code (n_styles,style_dim) or (style_dim,); None: the generator's
+        passes:int=5, # Steps the encoder was trained for: what `invert` takes where nothing else is said
     ):
         super().__init__()
         _check_generator(generator, latent_avg)
         if isinstance(generator, nn.Module): generator.eval().requires_grad_(False)
-        self.encoder, self.generator, self._cached = encoder, generator, (None, None)
+        self.encoder, self.generator, self.passes, self._cached = encoder, generator, passes, (None, None)
         if latent_avg is not None: latent_avg = _full_code(latent_avg, generator).detach().clone()
         self.register_buffer('own_avg', latent_avg)
         self.geometry = geometry or _geometry(self)
@@ -208,7 +209,7 @@ def to(self:Inversion,
 @patch
 def __getitem__(self:Inversion, i): # int, slice, list or mask
     "Some of the pictures, as an Inversion. `seconds` stay what they were: the time of the whole batch."
-    if hasattr(i, '__index__') and not isinstance(i, torch.Tensor): i = [range(len(self))[i]]
+    if hasattr(i, '__index__') and not getattr(i, 'ndim', 0): i = [range(len(self))[i]]
     return self._map(lambda o, d: o[:, i] if d else o[i])
 
 @patch(cls_method=True)
@@ -261,7 +262,7 @@ def residual_norm(
 @torch.no_grad()
 def invert(self:ReStyle,
     x,                # Pictures: tensor (C,H,W) or (B,C,H,W) in [-1,1], path, PIL picture, array, or a list of these
-    n_steps:int=5,    # Steps for each picture, at most
+    n_steps:int|None=None, # Steps for each picture, at most; None: `passes`, or 1 for an encoder that sees `x` only
     start=None,       # Where to begin, as in `steps`; None: the average
     tol:float|None=None, # Stop a picture when its `residual_norm` is at most this; None: never
     batch_size:int|None=None, # Pictures at a time; None: all
@@ -270,6 +271,7 @@ def invert(self:ReStyle,
 )->Inversion:         # Every step, on the model's device
     "Invert pictures (section 4, inference). Evaluation mode, no gradients. ValueError for wrong shapes, channels or NaN."
     x, parts, now = self.pictures(x), [], Clock(self.device if timed else None)
+    if n_steps is None: n_steps = self.passes if self.refines else 1
     with evaluating(self):
         w, y = self.begin(x, start, n_steps)
         spent = now() + (start.seconds[-1] if isinstance(start, Inversion) and start.seconds is not None else 0)

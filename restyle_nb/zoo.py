@@ -275,13 +275,16 @@ def load_model(
     device = pick_device(device)
     src, card = _source(name, folder, ('restyle', 'single'), ('restyle',), path, hub, cache, progress)
     if card and 'url' not in card and generator is None:
-        generator = checked(card.generator, folder) if card.get('generator') else card.name.split('-')[0]
+        generator = checked(card.generator, _home(card.generator, folder)) if card.get('generator') else card.name.split('-')[0]
     if isinstance(generator, (str, os.PathLike)): generator = load_generator(generator, 'cpu', folder, cache=cache, progress=progress)
     net = read_restyle(src, generator).eval()
+    if card and card.get('kind') == 'single': net.passes = 1
     _settle(card, src, cache, output=net.geometry.output, encoder=net.geometry.encoder)
     return net.to(device)
 
 # %% ../nbs/05_zoo.ipynb #f074fb5e
+def _home(file, folder): return folder if any(c.file == file for c in list_files(folder)) else None   # encoders kept elsewhere share the embedded generators
+
 def _is_path(name): return isinstance(name, os.PathLike) or os.sep in str(name) or Path(name).suffix != '' or Path(name).is_file()
 
 def _card_of(name, folder, kinds, released):

@@ -121,6 +121,12 @@ def test_imports_stand_alone(path):
         assert not (kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}), source(cell)
 
 
+def test_every_page_is_in_the_sidebar():
+    "Once each: the sidebar is written by hand, so that it can be read"
+    listed = re.findall(r'^\s*- (\S+\.ipynb)$', (nbs.NBS/'sidebar.yml').read_text(encoding='utf-8'), re.M)
+    assert sorted(listed) == sorted(p.relative_to(nbs.NBS).as_posix() for p in nbs.notebooks())
+
+
 @each_notebook
 def test_recipes_are_not_run(path):
     "Recipes take hours: nbdev_test and `tools/nbs.py` pass them by"

@@ -255,6 +255,7 @@ def test_random_noise_reaches_the_generator(net, x):
 def test_items(toy):
     inv = toy.invert(targets(toy), 2)
     assert len(inv[-1]) == 1 and torch.equal(inv[-1].x[0], inv.x[5]) and len(inv[inv.best > 5]) == 0
+    assert len(inv[torch.tensor(1)]) == 1 and torch.equal(inv[torch.tensor(1)].codes, inv[1].codes)
     assert len(list(inv)) == 6 and torch.equal(Inversion.cat(list(inv)).codes, inv.codes)
     with pytest.raises(IndexError): inv[6]
 

@@ -10,7 +10,8 @@ from restyle_nb.restyle import ReStyle
 from restyle_nb.zoo import (ModelCard, annotate, card, checked, domains, held_out, held_out_attributes, list_files, list_models, load_generator, load_model,
                             training_attributes, training_sample, write_card)
 
-WEIGHTS = Path(__file__).resolve().parents[1]/'restyle_nb'/'weights'
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT/'restyle_nb'/'weights'
 about = dict(origin='a test', licence='Apache-2.0', recipe='tests/test_zoo.py')
 
 @pytest.fixture(scope='module')
@@ -204,3 +205,18 @@ def test_toons_are_the_faces():
     a, b = (o.flatten(1) - o.flatten(1).mean(0) for o in (held_out(name='toons64'), held_out(name='faces64')))
     near = torch.cdist(a, b)
     assert (near.diagonal() < near.median(1).values).float().mean() > .9
+
+
+@pytest.mark.parametrize('name, steps', [('faces64', 5), ('faces64-restyle-e4e', 5), ('faces64-single', 1), ('faces64-e4e', 1)])
+def test_a_model_takes_as_many_steps_as_it_was_trained_for(name, steps):
+    net, x = load_model(name, device='cpu'), held_out(1)
+    assert net.invert(x).n_steps == steps and net.invert(x, 2).n_steps == 2
+
+
+def test_encoders_of_another_folder_share_the_embedded_generators():
+    "nbs/analysis/models holds encoders that the wheel has no room for"
+    folder = ROOT/'nbs'/'analysis'/'models'
+    for c in list_models(folder):
+        net = load_model(c.name, device='cpu', folder=folder)
+        assert net.passes == (1 if c.kind == 'single' else 5)
+        assert torch.equal(net.generator.latent_avg, load_generator(c.name.split('-')[0], device='cpu').latent_avg)

@@ -49,9 +49,13 @@ def notebooks(folder=NBS) -> list[Path]:
     return sorted(found)
 
 
-def skips_execution(nb) -> bool:
-    "Is `- skip_exec: true` set under the title?"
-    return any(c.cell_type == 'markdown' and re.search(r'^- skip_exec:\s*true\s*$', c.source, re.M) for c in nb.cells[:3])
+def flagged(nb, name: str) -> bool:
+    "Is `- NAME: true` set under the title?"
+    return any(c.cell_type == 'markdown' and re.search(rf'^- {name}:\s*true\s*$', c.source, re.M) for c in nb.cells[:3])
+
+
+def skips_execution(nb) -> bool: return flagged(nb, 'skip_exec')
+def reads_others(nb) -> bool: return flagged(nb, 'reads_notebooks')   # their saved outputs: such a notebook is run last
 
 
 def directives(cell) -> set[str]:
@@ -228,7 +232,10 @@ def run_all(paths, check: bool, workers: int = 2) -> int:
     os.environ.pop('MPLBACKEND', None)   # `agg` would take every figure out of the outputs
     paths = [Path(p).resolve() for p in paths] or \
             [p for p in notebooks() if not skips_execution(nbformat.read(p, as_version=4))]
-    with ThreadPoolExecutor(workers) as pool: good = list(pool.map(lambda p: process(p, check), paths))
+    late = [p for p in paths if reads_others(nbformat.read(p, as_version=4))]
+    good = []
+    for part in ([p for p in paths if p not in late], late):
+        with ThreadPoolExecutor(workers) as pool: good += pool.map(lambda p: process(p, check), part)
     if not all(good) and check: print('After a change: `make notebooks`, look at the difference, commit it.')
     return 0 if all(good) else 1
 
