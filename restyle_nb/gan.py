@@ -15,7 +15,7 @@ from torch import nn
 import torch.nn.functional as F
 from .images import loader, to_float
 from .losses import ImageCritic, LPIPS, _seeded
-from .training import History, SCHEDULES, TrainingError, _Start, _finite, _go, _read, _tell, _write
+from .training import History, SCHEDULES, TrainingError, _Start, _end, _finite, _go, _read, _tell, _write
 
 # %% ../nbs/07a_gan.ipynb #905a12d5
 class FeatureDiscriminator(nn.Module):
@@ -210,8 +210,7 @@ def fit(self:GanTrainer,
     progress=None,      # None: a bar if stderr is a terminal; True: elsewhere a line a minute; False: silence
 ):                     # `History` so far
     "Train, log and save; at the end `ema` holds the generator to keep (`ema.estimate_latent_avg()` once, before it is saved). `TrainingError` if a loss is not finite."
-    if n is None and self.iterations is None: raise TrainingError('how long? give fit(n) or GanTrainer(iterations=…)')
-    end = self.iterations if n is None else self.iteration + n
+    end = _end(self, n)
     self._preflight()
     _go(self, end, progress)
     return self.history

@@ -188,8 +188,7 @@ def fit(self:Trainer,
     progress=None,      # None: a bar if stderr is a terminal; True: elsewhere a line a minute; False: silence
 ):                     # `History` so far
     "Train, log, validate and save. `TrainingError` before the first step if data or model do not fit, later if a loss is not finite."
-    if n is None and self.iterations is None: raise TrainingError('how long? give fit(n) or Trainer(iterations=…)')
-    end = self.iterations if n is None else self.iteration + n
+    end = _end(self, n)
     if self.iteration >= end: return self.history
     self._enter(self.stage_of(self.iteration))
     self.preflight()
@@ -197,6 +196,11 @@ def fit(self:Trainer,
     _go(self, end, progress)
     self._rest()
     return self.history
+
+def _end(t, n):
+    "The iteration at which `fit(n)` stops"
+    if n is None and t.iterations is None: raise TrainingError(f'how long? give fit(n) or {type(t).__name__}(iterations=…)')
+    return t.iterations if n is None else t.iteration + n
 
 def _go(t, end, progress):
     "The loop of every trainer: iterate, and log, validate and save when it is time"

@@ -15,6 +15,7 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
 from PIL import Image, features
@@ -622,25 +623,23 @@ def _report(self:Explorer, result):
     self._shown, n, have = result, result.inv.n_steps, self.have
     self._say(f'{have["name"]}: {n} step{"s" if n > 1 else ""} with {have["model"]}, L2 {result.scores["l2"][-1]:.4f}. {result.note}'.strip(' '))
 
-_limits = {}   # (model, steps) -> L2
+_limits = WeakKeyDictionary()   # ReStyle -> steps -> L2
 
 @patch
 def _afterwards(self:Explorer, wanted, result):
     "Say so where a picture of the reader's own is foreign to the model"
     from restyle_nb.cli import domain_limit
-    model, n, last = wanted['model'], result.inv.n_steps, result.scores['l2'][-1]
-    domain = self.worlds[model]
+    n, last, domain = result.inv.n_steps, result.scores['l2'][-1], self.worlds[wanted['model']]
     if isinstance(wanted['src'], (int, torch.Tensor)) or domain is None: return
-    key = model, n, id(result.net) if isinstance(model, str) and model == 'your model' else 0
-    if key not in _limits:
+    known = _limits.setdefault(result.net, {})
+    if n not in known:
         limit = 0.
         for x in _held_out(domain)[:64].split(16):
             limit = max(limit, domain_limit(result.net, x, n))
             yield None                                     # a newer wish may cut in
-        _limits[key] = limit
-    limit = _limits[key]
-    if last > limit:
-        yield lambda: self._say(f"{self.status} It does not look like a picture of this model's world: pictures of that world stay below L2 {limit:.3f}.")
+        known[n] = limit
+    if last > known[n]:
+        yield lambda: self._say(f"{self.status} It does not look like a picture of this model's world: pictures of that world stay below L2 {known[n]:.3f}.")
 
 # %% ../nbs/14_widgets.ipynb #3dbfae6f
 class Comparison(Film):
