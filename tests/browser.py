@@ -49,6 +49,7 @@ def new_page(browser, **context):
     page.complaints = []
     page.on('console', lambda m: m.type == 'error' and page.complaints.append(f'{m.text} {m.location.get("url", "")}'))
     page.on('pageerror', lambda e: page.complaints.append(str(e)))
+    page.on('filechooser', lambda _: None)   # somebody always listens: Playwright asks the browser for choosers without waiting for its answer, and a key press can be quicker
     return page
 
 
