@@ -32,7 +32,7 @@ setup(
     include_package_data=True,   # what MANIFEST.in lists inside these: the weights
     python_requires=f">={ini['min_python']}",
     install_requires=split(ini['requirements']),
-    extras_require={'dev': split(ini['dev_requirements']), 'hub': split(ini['hub_requirements'])},
+    extras_require={k: split(ini[f'{k}_requirements']) for k in ('dev', 'hub', 'train')},
     entry_points={
         'console_scripts': split(ini['console_scripts']),
         'nbdev': [f'{package}={package}._modidx:d'],

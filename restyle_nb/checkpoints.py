@@ -108,7 +108,7 @@ def save_restyle(
     tensors = {**_under('encoder.', e.state_dict()), **_under('generator.', g.state_dict())}
     if net.own_avg is not None: tensors['latent_avg'] = net.own_avg
     return write_weights(path, 'restyle', dict(encoder=e.config, generator=g.config), tensors, half,
-                         geometry=net.geometry.to_dict(), provenance=getattr(g, 'provenance', {}), **facts)
+                         **dict(geometry=net.geometry.to_dict(), passes=net.passes, provenance=getattr(g, 'provenance', {})) | facts)
 
 # %% ../nbs/04_checkpoints.ipynb #cba5469a
 MAX_BYTES = 16 * 2**30
@@ -755,7 +755,9 @@ def read_restyle(
     _belong(e, g, source)
     if _absolute(source, e, g): average = torch.zeros(e.n_styles, e.style_dim)
     if geometry is None: geometry = published_geometry(g, e, source.opts)
-    try: return ReStyle(e, g, geometry, average).eval()
+    passes = (source.header or {}).get('passes', 5)
+    if not isinstance(passes, int) or passes < 1: raise CheckpointError(f'{source.name}: says passes={passes!r}, expected a whole number of at least 1; is the header damaged?')
+    try: return ReStyle(e, g, geometry, average, passes).eval()
     except ValueError as err: raise CheckpointError(f'{source.name}: {_first(err)}') from err
 
 # %% ../nbs/04_checkpoints.ipynb #f93b8ba9

@@ -7,11 +7,12 @@ __all__ = ['lrelu', 'unit_norm', 'EqualLinear', 'blur', 'upsample', 'ModulatedCo
            'ToImage', 'default_channels', 'Generator', 'EqualConv', 'ResBlock', 'minibatch_std', 'Discriminator',
            'g_loss', 'd_loss', 'r1_penalty']
 
-# %% ../nbs/01_generator.ipynb #ce69d950
+# %% ../nbs/01_generator.ipynb #dee2d2cd
 import copy, math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 
 # %% ../nbs/01_generator.ipynb #7d652e6e
@@ -64,7 +65,7 @@ def upsample(
     x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode='bilinear', align_corners=False)
     return x[..., 2:-2, 2:-2]
 
-# %% ../nbs/01_generator.ipynb #378fbb8c
+# %% ../nbs/01_generator.ipynb #89df3fcb
 class ModulatedConv(nn.Module):
     "Convolution with style-scaled input channels and output at unit strength (StyleGAN2 Eq. 1–3)."
     def __init__(self,
@@ -85,7 +86,7 @@ class ModulatedConv(nn.Module):
         y = self.filter(x * s[:, :, None, None], weight)
         if not self.demodulate: return y
         power = weight.square().sum((2, 3))                         # (o,i)
-        return y * torch.rsqrt(s.square() @ power.T + 1e-8)[:, :, None, None]
+        return y * torch.rsqrt(s.square() @ power.T + 1e-8)[:, :, None, None].to(y.dtype)
 
     def filter(self, x, weight):
         if not self.up: return F.conv2d(x, weight, padding=weight.shape[-1]//2)
@@ -108,7 +109,7 @@ def modulated_conv_plain(
     else: y = F.conv2d(x, weight.reshape(b*o, i, k, k), padding=k//2, groups=b)
     return y.reshape(b, o, *y.shape[2:])
 
-# %% ../nbs/01_generator.ipynb #419e0548
+# %% ../nbs/01_generator.ipynb #3f37caf7
 class StyledConv(ModulatedConv):
     "Modulated 3×3 convolution, noise, bias, leaky ReLU: what one style controls."
     def __init__(self,
@@ -123,8 +124,8 @@ class StyledConv(ModulatedConv):
 
     def forward(self, x, w, noise=None):
         y = super().forward(x, w)
-        if noise is not None: y = y + self.noise_strength * noise
-        return _clamp(lrelu(y + self.bias[:, None, None]), self.clamp)
+        if noise is not None: y = y + (self.noise_strength * noise).to(y.dtype)
+        return _clamp(lrelu(y + self.bias[:, None, None].to(y.dtype)), self.clamp)
 
 class ToImage(ModulatedConv):
     "Features to pixels: a 1×1 modulated convolution without demodulation, and a bias."
@@ -162,9 +163,10 @@ def _widths(channels, levels, multiplier):
     if missing: raise ValueError(f'channels lacks a width for resolution {missing}; found {sorted(table)}, needed {levels}')
     return {r: table[r] for r in levels}
 
-# %% ../nbs/01_generator.ipynb #15f0c68b
+# %% ../nbs/01_generator.ipynb #4d685913
 class Generator(nn.Module):
     "StyleGAN2 of any size: mapping network, constant, styled convolutions; `ValueError` for a size or table that does not fit."
+    recompute_from = None # Resolution from which on layers are run a second time in the backward pass instead of being remembered; None: none
     def __init__(self,
         size:int=1024,             # Larger side of the image, pixels
         style_dim:int=512,         # Width of a style code
@@ -219,11 +221,11 @@ def broadcast(self:Generator,
     if w.ndim == 3 and w.shape[1:] == (self.n_styles, self.style_dim): return w
     raise ValueError(f'code has shape {tuple(w.shape)}, expected (batch, {self.n_styles}, {self.style_dim}) or (batch, {self.style_dim})')
 
-# %% ../nbs/01_generator.ipynb #944b8b58
+# %% ../nbs/01_generator.ipynb #10ba3af9
 @patch
 def noises(self:Generator,
-    noise='fixed', # 'fixed': stored planes; 'random': new ones; None: none; or a list with one plane (or None) per convolution
-    batch:int=1,   # Number of samples, for random noise
+    noise='fixed', # 'fixed': stored planes; 'random': new ones; None: none; a list with one plane (or None) per convolution; or `f(shapes, batch)` -> such a list
+    batch:int=1,   # Number of samples, for random noise and for `f`
     rng=None,      # `torch.Generator` for random noise
 )->list:           # One (1 or B,1,h,w) tensor or None per convolution
     "The noise planes of one synthesis; `ValueError` for an unknown word or planes that do not fit."
@@ -233,32 +235,38 @@ def noises(self:Generator,
     if isinstance(noise, str) and noise == 'random':
         like = dict(device=self.const.device, dtype=self.const.dtype)
         return [torch.randn(batch, 1, *s, generator=rng, **like) for s in shapes]
-    if isinstance(noise, str): raise ValueError(f"noise is {noise!r}, expected 'fixed', 'random', None or a list of planes")
+    if isinstance(noise, str): raise ValueError(f"noise is {noise!r}, expected 'fixed', 'random', None, a list of planes or a function")
+    if callable(noise): noise = noise(shapes, batch)
     if len(noise) != len(shapes): raise ValueError(f'noise has {len(noise)} planes, expected {len(shapes)}, one per convolution')
     for i, (o, s) in enumerate(zip(noise, shapes)):
         if o is not None and tuple(o.shape[-2:]) != s: raise ValueError(f'noise plane {i} is {tuple(o.shape[-2:])}, expected {s}')
     return list(noise)
 
-# %% ../nbs/01_generator.ipynb #60da1057
+# %% ../nbs/01_generator.ipynb #9ff19373
 @patch
 def synthesize(self:Generator,
     w:torch.Tensor, # Codes (B,n_styles,style_dim), or (B,style_dim)
-    noise='fixed',  # 'fixed', 'random', None or a list of planes, see `noises`
+    noise='fixed',  # 'fixed', 'random', None, a list of planes or a function, see `noises`
     stop:int|None=None, # Stop at this one of `resolutions` and return its image
     rng=None,       # `torch.Generator` for random noise
 )->torch.Tensor:    # Images (B,image_channels,H,W), in [-1,1] once trained
     "From styles to pixels: grow the constant, summing an image at every resolution (StyleGAN2 Fig. 7b)."
-    if stop not in (None, *self.resolutions): raise ValueError(f'stop is {stop!r}, expected None or one of {self.resolutions}')
+    for k, v in dict(stop=stop, recompute_from=self.recompute_from).items():
+        if v not in (None, *self.resolutions): raise ValueError(f'{k} is {v!r}, expected None or one of {self.resolutions}')
     w, n = self.broadcast(w), 1 + self.resolutions.index(stop or self.resolutions[-1])
     noise = self.noises(noise, len(w), rng)
     x = self.convs[0](self.const.expand(len(w), -1, -1, -1), w[:, 0], noise[0])
     y = self.to_images[0](x, w[:, 1])
     for j in range(1, n):
-        for i in (2*j-1, 2*j): x = self.convs[i](x, w[:, i], noise[i])
-        y = upsample(y) + self.to_images[j](x, w[:, 2*j+1])
+        run = _twice if torch.is_grad_enabled() and self.resolutions[j] >= (self.recompute_from or math.inf) else _once
+        for i in (2*j-1, 2*j): x = run(self.convs[i], x, w[:, i], noise[i])
+        y = upsample(y) + run(self.to_images[j], x, w[:, 2*j+1])
     return y
 
-# %% ../nbs/01_generator.ipynb #e5f86103
+def _once(layer, *inputs): return layer(*inputs)
+def _twice(layer, *inputs): return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+# %% ../nbs/01_generator.ipynb #1558a96b
 @patch(as_prop=True)
 def has_latent_avg(self:Generator)->bool:
     "Is the average code known, that is, not all zero?"

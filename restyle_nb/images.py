@@ -8,8 +8,9 @@ __all__ = ['MODES', 'MAX_PIXELS', 'MAX_WEBP', 'MAX_SIDE', 'MIN_SIDE', 'FORMATS',
            'save_image', 'image_files', 'load_folder', 'ImageFolder', 'Loader', 'loader', 'write_sheet', 'read_sheet',
            'Geometry', 'grid', 'film_strip', 'show_strip']
 
-# %% ../nbs/00_images.ipynb #a3fca783
-import hashlib, json, os, tempfile, warnings
+# %% ../nbs/00_images.ipynb #8ac0c0b3
+import copy, hashlib, json, multiprocessing, os, signal, sys, tempfile, traceback, warnings
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -346,20 +347,23 @@ def _cached(cache, paths, size, channels, on_error):
     with atomic_write(cache) as tmp: save_file({'data':data.contiguous()}, tmp, {'key':key, 'kept':json.dumps([index[p] for p in kept])})
     return data, kept
 
-# %% ../nbs/00_images.ipynb #7021ece5
+# %% ../nbs/00_images.ipynb #96773aa0
 def _rng(*key): return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], 'big'))
 
 class Loader:
     "Endless seeded batches: `next(it)` gives batch `position` and moves on; `batch(p)` is batch p, whatever came before."
-    def __init__(self, ds, batch_size, seed=0, flip=False, position=0):
+    def __init__(self, ds, batch_size, seed=0, flip=False, position=0, workers=0):
         self.data = ds.data if isinstance(ds, ImageFolder) and not ds.flip else ds
         self.n,self.batch_size,self.seed,self.flip,self.position = len(ds),batch_size,seed,flip,position
+        self.workers,self.ahead,self._orders = 0 if isinstance(self.data, torch.Tensor) else workers, None, {}
         if not self.n: raise ImageError('loader: the data set is empty; add pictures')
     def __iter__(self): return self
     def __next__(self):
         self.position += 1
         return self.batch(self.position-1)
-    def shuffle(self, epoch): return torch.randperm(self.n, generator=_rng('order', self.seed, epoch))
+    def shuffle(self, epoch):
+        if hasattr(self.data, 'order'): return self.data.order(self.seed, epoch)
+        return torch.randperm(self.n, generator=_rng('order', self.seed, epoch))
 
 @patch
 def indices(self:Loader, 
@@ -367,31 +371,117 @@ def indices(self:Loader,
 )->torch.Tensor:    # (B,) which pictures
     "The pictures of batch `p`."
     s = torch.arange(p*self.batch_size, (p+1)*self.batch_size)
-    order = {e: self.shuffle(e) for e in (s//self.n).unique().tolist()}
-    return torch.stack([order[int(i)//self.n][int(i)%self.n] for i in s])
+    self._orders = {e: self._orders[e] if e in self._orders else self.shuffle(e) for e in (s//self.n).unique().tolist()}
+    return torch.stack([self._orders[int(i)//self.n][int(i)%self.n] for i in s])
 
+# %% ../nbs/00_images.ipynb #b841bb91
 @patch
 def batch(self:Loader, 
     p:int,          # Number of the batch, from 0
+    rows:slice|None=None, # Only these pictures of it, the others are not read; None: all
 )->torch.Tensor:    # (B,C,H,W) float in [-1,1]
-    "Batch `p`, flips included."
-    i = self.indices(p)
+    "Batch `p`, flips included; the same one from worker processes."
+    if self.workers:
+        if self.ahead is None: self.ahead = _Ahead(self)
+        return self.ahead.batch(p, rows)
+    rows = rows or slice(None)
+    i = self.indices(p)[rows]
     x = self.data[i] if isinstance(self.data, torch.Tensor) else torch.stack([self.data[int(j)] for j in i])
     if x.dtype == torch.uint8: x = to_float(x)
     if not self.flip: return x
-    turn = torch.rand(len(i), generator=_rng('flip', self.seed, p)) < .5
+    turn = (torch.rand(self.batch_size, generator=_rng('flip', self.seed, p)) < .5)[rows]
     return torch.where(turn.to(x.device)[:,None,None,None], x.flip(-1), x)
 
-# %% ../nbs/00_images.ipynb #91766dd3
 def loader(
     ds,            # ImageFolder, uint8 or float tensor (N,C,H,W), or any data set of (C,H,W) floats
     batch_size,    # Pictures in a batch; may exceed N
     seed=0,        # Orders and flips follow from it
     flip=False,    # Mirror half of the pictures, at random?
     position=0,    # Number of the first batch: where a resumed run goes on
+    workers=0,     # Processes that read the next batches meanwhile; 0: none. Tensors need none
 )->Loader:         # Iterator without end
     "Shuffled batches (B,C,H,W) in [-1,1] for ever; every picture once before any comes again. Keep `.position` to resume."
-    return Loader(ds, batch_size, seed, flip, position)
+    return Loader(ds, batch_size, seed, flip, position, workers)
+
+# %% ../nbs/00_images.ipynb #50b973fd
+class _Ahead:
+    "`n` processes that read batches p…p+n of a loader"
+    def __init__(self, it):
+        self.it, self.n, self.crew, self.pid, self.warned = copy.copy(it), it.workers, [], None, False
+        self.it.workers = 0
+
+    def start(self):
+        ctx, self.pid, self.crew = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn'), os.getpid(), []
+        for _ in range(self.n):
+            here,there = ctx.Pipe()
+            process = ctx.Process(target=_serve, args=(self.it, here, there), daemon=True)
+            process.start()
+            there.close()
+            self.crew.append((process, here, deque()))
+
+    def stop(self):
+        for process,here,_ in self.crew:
+            here.close()
+            process.kill()
+            process.join()
+        self.crew = []
+
+    def ask(self, p, rows):
+        _,here,asked = self.crew[p % self.n]
+        if (p,rows) in asked: return
+        here.send((p,rows))
+        asked.append((p,rows))
+
+    def take(self, p, rows):
+        _,here,asked = self.crew[p % self.n]
+        while True:
+            reply,which = here.recv(),asked.popleft()
+            if which == (p,rows): return reply
+
+# %% ../nbs/00_images.ipynb #338293a4
+@patch
+def batch(self:_Ahead, p, rows):
+    for _ in range(3):
+        try:
+            if self.pid != os.getpid() or not self.crew: self.start()
+            for q in range(p, p + self.n): self.ask(q, rows)
+            x,skipped = self.take(p, rows)
+            self.ask(p + self.n, rows)
+            break
+        except (EOFError, OSError):
+            self.stop()
+            if not self.warned: warnings.warn('loader: a process that reads pictures ahead was killed; all are started again, no batch is lost', stacklevel=4)
+            self.warned = True
+        except BaseException:
+            self.stop()
+            raise
+    else: raise ImageError(f'loader: the processes that read batch {p} were killed three times; use fewer workers, or workers=0 to see why')
+    for path,why in skipped: self.it.data.skip(path, why)
+    if isinstance(x, Exception): raise x
+    return to_float(torch.from_numpy(x))
+
+# %% ../nbs/00_images.ipynb #57082adb
+def _serve(it, here, there):
+    "What a worker does: hears (p, rows), answers with the batch as bytes if nothing is lost by it, and the pictures newly skipped"
+    here.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    if callable(getattr(it.data, 'on_error', None)): it.data.on_error = 'skip'
+    skipped = getattr(it.data, 'skipped', {})
+    told = len(skipped)
+    try:
+        while True:
+            asked = there.recv()
+            try:
+                x = it.batch(*asked)
+                u = to_uint8(x)
+                x = (u if to_float(u).equal(x) else x).numpy()
+            except Exception as e: x = e if isinstance(e, ImageError) else RuntimeError(traceback.format_exc())
+            there.send((x, list(skipped.items())[told:]))
+            told = len(skipped)
+    except (EOFError, OSError): pass  # the run is over
 
 # %% ../nbs/00_images.ipynb #3fc64e23
 def write_sheet(

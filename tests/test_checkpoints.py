@@ -320,3 +320,11 @@ def test_pickled_list(tmp_path):
 def test_half_stays_finite():
     assert stored('w', torch.tensor([[7e4]]), True).dtype == torch.float32
     assert stored('w', torch.zeros(2, 2, dtype=torch.int64), True).dtype == torch.int64
+
+
+@pytest.mark.parametrize('passes, ok', [(2, True), (0, False), ('many', False)])
+def test_a_model_knows_how_many_steps_it_was_trained_for(net, tmp_path, passes, ok):
+    path = save_restyle(net, tmp_path/'net.safetensors', passes=passes)
+    if ok: assert read_restyle(path).passes == passes and read_restyle(save_restyle(net, path)).passes == net.passes
+    else:
+        with pytest.raises(CheckpointError, match='passes'): read_restyle(path)

@@ -1,5 +1,5 @@
-"The two commands, from the outside: what they write, and what they say when something is wrong"
-import json, os, subprocess, sys
+"The commands, from the outside: what they write, and what they say when something is wrong"
+import json, os, re, signal, subprocess, sys, time
 import pytest
 import torch
 from PIL import Image
@@ -326,3 +326,268 @@ def test_a_generator_of_ones_own(good, tmp_path, capsys):
         assert invert(good, '--out', tmp_path/f'b{i}', '--steps', 1, '--model', tmp_path/'e.safetensors', '--generator', g) == 0
         codes.append(Inversion.load(tmp_path/f'b{i}'/'good.safetensors').codes)
     assert torch.equal(*codes)
+
+
+# --- quick to answer
+
+COMMANDS = 'restyle_demo', 'restyle_invert', 'restyle_models', 'restyle_train', 'restyle_evaluate'
+HELP = """
+import sys, time
+from restyle_nb.cli import {command}
+try: {command}(['--help'])
+finally: print('heavy', sorted({{'torch', 'numpy', 'PIL', 'restyle_nb.training', 'tqdm'}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_is_there_at_once(command):
+    "Under a second, the start of Python included (best of three), because nothing heavy is imported"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        p = subprocess.run([sys.executable, '-c', HELP.format(command=command)], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+    assert p.returncode == 0 and f'usage: {command}' in p.stdout and 'heavy []' in p.stdout, p.stderr
+    assert min(seconds) < 1
+
+
+# --- restyle_train and restyle_evaluate, on a generator of 16 pixels
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "A generator of 16 pixels, a folder of pictures, and the options of a run of a second"
+    from restyle_nb.checkpoints import save_generator
+    from restyle_nb.generator import Generator
+    root = tmp_path_factory.mktemp('tiny')
+    torch.manual_seed(0)
+    g = Generator(size=16, style_dim=8, n_mlp=1, channels={4: 4, 8: 4, 16: 4})
+    g.estimate_latent_avg(64)
+    save_generator(g, root/'g.safetensors')
+    (root/'p').mkdir()
+    for i, x in enumerate(torch.rand(24, 3, 16, 16)*2 - 1): save_image(x, root/'p'/f'{i:02}.png')
+    lines = dict(generator=root/'g.safetensors', data=root/'p', trunk='compact', widths='[4, 4, 4, 4]', width=4, init='random', lpips=0, n_steps=2, batch_size=4,
+                 iterations=6, val=4, val_every=3, save_every=3, log_every=3, device='cpu')
+    (root/'o.yaml').write_text(''.join(f'{k}: {v}\n' for k, v in lines.items()))
+    return root
+
+
+def trained(*words):
+    from restyle_nb.cli import restyle_train
+    return restyle_train([str(w) for w in words])
+
+
+def evaluated(*words):
+    from restyle_nb.cli import restyle_evaluate
+    return restyle_evaluate([str(w) for w in words] + ['--device', 'cpu'])
+
+
+@pytest.fixture(scope='session')
+def run(tiny):
+    assert trained('--config', tiny/'o.yaml', '--out', tiny/'run', '--quiet') == 0
+    return tiny/'run'
+
+
+def state(folder, name='last.pt'): return torch.load(folder/name, weights_only=True)
+
+
+def equal(a, b): return all(torch.equal(v, b['encoder'][k]) for k, v in a['encoder'].items())
+
+
+def test_train_and_use_what_came_out(run, tiny, tmp_path, capsys):
+    for model in (run, run/'model.safetensors'):
+        assert invert(tiny/'p'/'00.png', '--out', tmp_path/'a', '--steps', 2, '--model', model) == 0
+    assert trained('--resume', run, '--quiet') == 0                        # nothing left to do
+    assert trained('--config', run/'options.yaml', '--out', tmp_path/'again', '--quiet') == 0
+    assert equal(state(tmp_path/'again'), state(run)) and complaints(capsys) == []
+
+
+def test_a_warning_is_a_line(run, tiny, tmp_path, capsys):
+    (tmp_path/'p').mkdir()
+    for p in (tiny/'p').iterdir(): os.link(p, tmp_path/'p'/p.name)
+    text_named_png(tmp_path/'p'/'notes.png')
+    assert trained('--config', tiny/'o.yaml', '--data', tmp_path/'p', '--out', tmp_path/'r', '--quiet', '--set', 'on_error=skip') == 0
+    lines = complaints(capsys)
+    assert len(lines) == 1 and lines[0].startswith('restyle_train: 1 of ') and 'notes.png' in lines[0]
+
+
+def test_a_mistake_of_ours_is_a_traceback(monkeypatch, tmp_path, capsys):
+    from restyle_nb import cli
+    monkeypatch.setattr(cli, '_options', lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): trained('--quiet')
+
+
+def test_words_win_over_the_file(tiny, tmp_path):
+    from restyle_nb.runs import read_options
+    assert trained('--config', tiny/'o.yaml', '--out', tmp_path/'r', '--quiet', '--iterations', 2, '--set', 'lr=3e-3', '--set', 'clip = none', '--set', 'batch-size=2') == 0
+    o = read_options(tmp_path/'r')
+    assert (o.iterations, o.lr, o.clip, o.batch_size, o.val) == (2, 3e-3, None, 2, 4)
+
+
+def test_options_are_printed_as_a_file(tiny, tmp_path, capsys):
+    from restyle_nb.runs import options_for, read_options
+    assert trained('--preset', 'cars-e4e', '--set', 'lr=1e-3', '--options') == 0
+    (tmp_path/'cars.yaml').write_text(capsys.readouterr().out)
+    assert read_options(tmp_path/'cars.yaml') == options_for('cars-e4e', lr=1e-3)
+    assert trained('--presets') == 0 and 'cars-e4e' in capsys.readouterr().out
+
+
+def test_text_while_it_trains(tiny, tmp_path, capsys):
+    assert trained('--config', tiny/'o.yaml', '--out', tmp_path/'r', '--tensorboard') == 0
+    out, err = capsys.readouterr()
+    assert 'finish' in out and 'model.safetensors' in out and '6' in err and '\x1b' not in err
+    assert list((tmp_path/'r').rglob('events.*'))
+
+
+def test_look_ahead_without_a_step(tiny, tmp_path, capsys):
+    assert trained('--config', tiny/'o.yaml', '--out', tmp_path/'r', '--plan') == 0
+    assert 'memory' in capsys.readouterr().out and not (tmp_path/'r'/'last.pt').exists()
+
+
+def test_check_says_stop(tiny, tmp_path, capsys):
+    (tmp_path/'p').mkdir()
+    for p in (tiny/'p').iterdir(): os.link(p, tmp_path/'p'/p.name)
+    text_named_png(tmp_path/'p'/'notes.png')
+    words = '--config', tiny/'o.yaml', '--data', tmp_path/'p', '--check'
+    assert trained(*words) == 3
+    assert 'notes.png' in capsys.readouterr().out
+    assert trained(*words, '--set', 'on_error=skip', '--set', 'batch_size=64') == 3           # more than there are pictures
+    assert '64' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words,says', [
+    (['--set', 'learning_rate=1'], 'did you mean lr'), (['--set', 'lr=fast'], "found 'fast'"), (['--config', 'no.yaml'], 'no.yaml: no such file'),
+    (['--resume', 'nowhere'], 'nowhere'), (['--preset', 'facess-psp'], 'did you mean faces-psp'), (['--data', 'x'], 'generator: not given'),
+    (['--generator', 'faces64'], 'data: not given'), (['--generator', 'faces64', '--data', 'faces64'], 'out: not given'), (['--generator', 'no-such', '--data', 'x'], 'no-such'),
+    (['--generator', 'faces64', '--data', 'no-folder'], 'no-folder'), (['--fine-tune', 'no-such'], 'no-such')])
+def test_train_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert trained(*words, '--quiet') == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and says in lines[0] and lines[0].startswith('restyle_train: ')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('words', [['--set', 'lr'], ['--resume', 'a', '--fine-tune', 'b'], ['--resume', 'a', '--out', 'b'], ['--resume', 'a', '--config', 'b'], ['--colour']])
+def test_train_words_that_make_no_sense(words, capsys):
+    with pytest.raises(SystemExit) as e: trained(*words)
+    assert e.value.code == 2
+    capsys.readouterr()
+
+
+def test_another_run_is_left_alone(run, tiny, capsys):
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert trained('--config', tiny/'o.yaml', '--out', run, '--quiet') == 2
+    assert 'holds a run already' in complaints(capsys)[0] and {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_fine_tune_a_run(run, tmp_path, capsys):
+    assert trained('--fine-tune', run, '--out', tmp_path/'r', '--iterations', 1) == 0
+    assert 'tensors taken; missing: 0' in capsys.readouterr().out
+
+
+# --- signals, and several processes
+
+def script(tmp_path, command):
+    "What pip makes of a console script"
+    (tmp_path/command).write_text(f'import sys\nfrom restyle_nb.cli import {command}\nsys.exit({command}())\n')
+    return str(tmp_path/command)
+
+
+@pytest.mark.parametrize('sig,code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_after_a_checkpoint_and_it_goes_on(tiny, tmp_path, sig, code):
+    "Somewhere in the middle of 60 iterations; resumed, the weights are those of an uninterrupted run"
+    words = '--config', str(tiny/'o.yaml'), '--iterations', '60', '--quiet', '--set', 'save_every=1000', '--set', 'log_every=1'
+    slow = 'import sys, time\nfrom restyle_nb.training import Trainer\nfast = Trainer._iterate\ndef _iterate(self): time.sleep(.05); return fast(self)\nTrainer._iterate = _iterate\n'
+    (tmp_path/'slow').write_text(slow + open(script(tmp_path, 'restyle_train')).read())
+    p = subprocess.Popen([sys.executable, str(tmp_path/'slow'), *words, '--out', str(tmp_path/'r')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    rows = tmp_path/'r'/'history.jsonl'
+    while not (rows.exists() and rows.read_text().count('\n') > 3) and p.poll() is None: time.sleep(.01)
+    p.send_signal(sig)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == code and 'Traceback' not in err and f'go on with: restyle_train --resume {tmp_path/"r"}' in err, err
+    assert 3 < state(tmp_path/'r')['iteration'] < 60 and not (tmp_path/'r'/'model.safetensors').exists()
+    assert trained('--resume', tmp_path/'r', '--quiet') == 0 and trained(*words, '--out', tmp_path/'whole') == 0
+    assert equal(state(tmp_path/'r'), state(tmp_path/'whole')) and state(tmp_path/'r')['iteration'] == 60
+
+
+def test_stopped_before_it_began(tiny, tmp_path, monkeypatch, capsys):
+    from restyle_nb import runs
+    monkeypatch.setattr(runs, 'build', lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert trained('--config', tiny/'o.yaml', '--out', tmp_path/'r', '--quiet') == 143
+    assert complaints(capsys) == ['restyle_train: stopped; no iteration had been done'] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_started_by_torchrun(tiny, tmp_path):
+    "Two processes: one folder, one run, each line once"
+    pytest.importorskip('accelerate')
+    words = '--config', str(tiny/'o.yaml'), '--out', str(tmp_path/'r')
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '0', '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0',
+                        script(tmp_path, 'restyle_train'), *words], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.count('done; restyle_invert') == 1 and p.stdout.count('parameters') == 1
+    assert sorted(o.name for o in (tmp_path/'r').iterdir()) == ['best.pt', 'history.jsonl', 'last.pt', 'model.safetensors', 'options.yaml']
+    assert state(tmp_path/'r')['iteration'] == 6
+
+
+# --- many pictures
+
+def test_bulk_codes_are_those_of_one_picture(good, faces, tmp_path, capsys):
+    from restyle_nb.bulk import read_codes
+    save_image(faces[1], good/'other.png')
+    assert invert(good, '--out', tmp_path/'one') == 0
+    assert invert(good, '--out', tmp_path/'many', '--bulk', '--dtype', 'float32', '--shard', 1, '--parquet', tmp_path/'t.parquet') == 0
+    codes = read_codes(tmp_path/'many')
+    for i, name in enumerate(codes.names):
+        one = Inversion.load(tmp_path/'one'/f'{name[:-4]}.safetensors').codes[-1][0]
+        assert (codes[i] - one).abs().max() < 1e-3
+    assert (tmp_path/'t.parquet').stat().st_size > 0 and complaints(capsys) == []
+
+
+def test_bulk_names_what_it_left_out(good, tmp_path, capsys):
+    text_named_png(good/'notes.png')
+    words = good, '--out', tmp_path/'many', '--bulk'
+    assert invert(*words) == 2 and 'notes.png' in complaints(capsys)[0]
+    before = (tmp_path/'many'/'codes-00000.safetensors').stat().st_mtime_ns
+    assert invert(*words) == 2 and (tmp_path/'many'/'codes-00000.safetensors').stat().st_mtime_ns == before    # done is done
+    capsys.readouterr()
+    assert invert(*words, '--steps', 2) == 2 and len(complaints(capsys)) == 1                               # another run
+
+
+def test_bulk_takes_shards_and_lists(good, faces, tmp_path):
+    from restyle_nb.bulk import read_codes
+    from restyle_nb.datasets import write_shards
+    write_shards([good/'good.png'], tmp_path/'tar')
+    assert invert(tmp_path/'tar', '--out', tmp_path/'a', '--bulk') == 0 and invert(good/'good.png', '--out', tmp_path/'b', '--bulk') == 0
+    assert torch.equal(read_codes(tmp_path/'a')[0], read_codes(tmp_path/'b')[0])
+
+
+# --- scores
+
+def test_evaluate_is_per_step(tmp_path, capsys):
+    from restyle_nb.metrics import per_step
+    assert evaluated('faces64', '--n', 8, '--out', tmp_path/'s.json') == 0
+    rows, table = json.loads((tmp_path/'s.json').read_text())['models']['faces64'], per_step(load_model('faces64', 'cpu'), held_out(8), 5)
+    for a, b in zip(rows, table, strict=True):
+        for k in ('l2', 'lpips'): assert abs(a[k] - b[k]) < 1e-4
+    assert f'{table[5]["lpips"]:.4f}' in capsys.readouterr().out
+
+
+def test_evaluate_sets_models_side_by_side(run, tiny, capsys):
+    assert evaluated(run, run/'model.safetensors', '--pictures', tiny/'p', '--n', 5, '--steps', 2) == 0
+    out = capsys.readouterr().out
+    assert 'run, step 2' in out and 'last step of model.safetensors against run' in out and re.search(r'L2 [+-]?0\.0 %', out)
+
+
+@pytest.mark.parametrize('words,says', [(['no-such'], 'no-such'), (['faces64', '--pictures', 'no-folder'], 'no-folder')])
+def test_evaluate_says_what_is_wrong(words, says, capsys):
+    assert evaluated(*words) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and says in lines[0]
+
+
+def test_evaluate_names_bad_pictures(good, run, capsys):
+    text_named_png(good/'notes.png')
+    assert evaluated('faces64', '--pictures', good) == 2 and 'notes.png' in complaints(capsys)[0]
+    assert evaluated('faces64', '--pictures', good, '--skip') == 0 and 'notes.png' in complaints(capsys)[0]
+    assert evaluated(run) == 2 and '--pictures' in complaints(capsys)[0]
