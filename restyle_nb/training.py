@@ -289,7 +289,7 @@ def adam(params, lr): return torch.optim.Adam(params, lr, fused=params[0].device
 
 # %% ../nbs/07_training.ipynb #aaab2740
 class Ranger(torch.optim.RAdam):
-    "Rectified Adam on centred gradients, with lookahead: the optimiser of the published code, with its constants."
+    "Rectified Adam on centred gradients, with lookahead: the optimiser of the published code, with its constants. The library `pytorch_optimizer` has it, too."
     def __init__(self, params, lr=1e-4, betas=(.95, .999), eps=1e-5, k=6, alpha=.5):
         self.k, self.alpha = k, alpha
         super().__init__(params, lr, betas, eps)

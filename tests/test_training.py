@@ -180,3 +180,20 @@ def test_one_batch_update_is_the_mean_of_what_the_loop_sees():
     u.net.encoder.train()
     u.train_batch(x)
     assert not torch.equal(weights(t), weights(u))
+
+def test_ranger_is_that_of_the_library():
+    "As `pytorch_optimizer` has it, with plain steps while the averages are young; only stacks of linear layers are centred otherwise"
+    from pytorch_optimizer import Ranger as Library
+    from restyle_nb.training import Ranger
+    def trained(make):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 5))
+        x, y, optimizer = torch.randn(16, 3, 8, 8), torch.randn(16, 5), make(net.parameters(), lr=1e-2)
+        for i in range(60):
+            optimizer.zero_grad()
+            (net(x) - y).square().mean().backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+    ours, theirs = trained(Ranger), trained(lambda ps, lr: Library(ps, lr, degenerated_to_sgd=True))
+    assert (ours - theirs).norm() < 1e-5*theirs.norm()
+    assert (ours - trained(lambda ps, lr: Library(ps, lr))).norm() > 1e-3*theirs.norm()
