@@ -15,6 +15,7 @@ from torch import nn
 import torch.nn.functional as F
 from .images import loader, to_float
 from .losses import ImageCritic, LPIPS, _seeded
+from .machines import Team
 from .training import History, SCHEDULES, TrainingError, _Start, _end, _finite, _go, _read, _tell, _write
 
 # %% ../nbs/07a_gan.ipynb #905a12d5
@@ -107,7 +108,7 @@ class GanTrainer:
         self.generator, self.data, self.z, self.anchor, self.folder = generator, data, z, anchor, folder and Path(folder)
         self.device = torch.device(device) if device is not None else next(generator.parameters()).device
         self.critics = [pixel_critic(generator)] if critics is None else list(critics)
-        self.iteration, self.history, self.told, self.path_mean, self.val = 0, History(), {}, 0., None
+        self.iteration, self.history, self.told, self.path_mean, self.val, self.team, self.spent = 0, History(), {}, 0., None, Team(), 0.
         self._arrange()
 
 # %% ../nbs/07a_gan.ipynb #426d8280

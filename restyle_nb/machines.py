@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NORMS', 'Team', 'PictureNoise', 'SyncNorm', 'set_norms', 'agree_on_norms', 'polite']
 
-# %% ../nbs/06a_machines.ipynb #86268438
+# %% ../nbs/06a_machines.ipynb #5666f67f
 import atexit, os, signal, threading, time
 from contextlib import contextmanager
 import torch
+from fastcore.basics import patch
 from torch import nn
 from .images import _rng
 
@@ -37,46 +38,49 @@ class Team:
 
     def __repr__(self): return f'process {self.rank} of {self.size}'
 
-# %% ../nbs/06a_machines.ipynb #2da58ab6
-class _Talk:
-    def _flat(self, tensors, f):
-        by = {}
-        for t in tensors: by.setdefault((t.dtype, t.device), []).append(t)
-        for ts in by.values():
-            flat = torch.cat([t.reshape(-1) for t in ts])
-            f(flat)
-            for t, new in zip(ts, flat.split([t.numel() for t in ts])): t.copy_(new.view(t.shape))
+# %% ../nbs/06a_machines.ipynb #2f730568
+@patch
+def _flat(self:Team, tensors, f):
+    by = {}
+    for t in tensors: by.setdefault((t.dtype, t.device), []).append(t)
+    for ts in by.values():
+        flat = torch.cat([t.reshape(-1) for t in ts])
+        f(flat)
+        for t, new in zip(ts, flat.split([t.numel() for t in ts])): t.copy_(new.view(t.shape))
 
-    @torch.no_grad()
-    def sum_(self, *tensors):
-        "Each tensor becomes the sum over all processes, in place; returns the first."
-        if self.size > 1: self._flat(tensors, torch.distributed.all_reduce)
-        return tensors[0] if tensors else None
+@patch
+@torch.no_grad()
+def sum_(self:Team, *tensors):
+    "Each tensor becomes the sum over all processes, in place; returns the first."
+    if self.size > 1: self._flat(tensors, torch.distributed.all_reduce)
+    return tensors[0] if tensors else None
 
-    @torch.no_grad()
-    def share_(self, *tensors):
-        "Each tensor becomes that of process 0, in place."
-        if self.size > 1: self._flat(tensors, lambda t: torch.distributed.broadcast(t, 0))
+@patch
+@torch.no_grad()
+def share_(self:Team, *tensors):
+    "Each tensor becomes that of process 0, in place."
+    if self.size > 1: self._flat(tensors, lambda t: torch.distributed.broadcast(t, 0))
 
-    @torch.no_grad()
-    def gather(self, t):
-        "The tensors (n,…) of all processes one after another, (size·n,…); equal shapes everywhere."
-        if self.size == 1: return t
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, t.contiguous())
-        return torch.cat(parts)
+# %% ../nbs/06a_machines.ipynb #7fbb2b8e
+@patch
+@torch.no_grad()
+def gather(self:Team, t):
+    "The tensors (n,…) of all processes one after another, (size·n,…); equal shapes everywhere."
+    if self.size == 1: return t
+    parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
+    torch.distributed.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
 
-    def any(self, flag):
-        "Has a process said yes? Everybody hears it."
-        if self.size == 1: return bool(flag)
-        return bool(self.sum_(torch.tensor(float(bool(flag)), device=self.device)).item())
+@patch
+def any(self:Team, flag):
+    "Has a process said yes? Everybody hears it."
+    if self.size == 1: return bool(flag)
+    return bool(self.sum_(torch.tensor(float(bool(flag)), device=self.device)).item())
 
-    def barrier(self):
-        "Wait for all."
-        if self.size > 1: torch.distributed.barrier()
-
-for _name, _method in vars(_Talk).items():
-    if not _name.startswith('__'): setattr(Team, _name, _method)
+@patch
+def barrier(self:Team):
+    "Wait for all."
+    if self.size > 1: torch.distributed.barrier()
 
 # %% ../nbs/06a_machines.ipynb #8e99d2fb
 class PictureNoise:

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'FIXED', 'DOMAINS', 'METHODS', 'LOSSES', '
            'cosine', 'hold_linear', 'adam', 'Ranger', 'History', 'stage_at', 'Loaded', 'load_run', 'Preset', 'Presets',
            'preset']
 
-# %% ../nbs/07_training.ipynb #a038bcc5
+# %% ../nbs/07_training.ipynb #50db0874
 import copy, json, math, os, signal, sys, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from .checkpoints import CheckpointError, read_encoder
 from .encoders import Encoder, build_encoder
 from .images import CARS, Geometry, loader, to_float
-from .losses import Objective
+from .losses import Objective, _full
 from .machines import NORMS, PictureNoise, Team, agree_on_norms, polite, set_norms
 from .restyle import ReStyle, Step
 
@@ -102,11 +102,11 @@ def train_batch(self:Trainer,
     self._teach(x, seen)
     return torch.stack(told, 1)
 
-# %% ../nbs/07_training.ipynb #1ebec8ef
+# %% ../nbs/07_training.ipynb #815fdb4d
 @patch
 def _turns(self:Trainer, x, done, at):
     "After step `done`, for each further one: backward passes over all parts; yields losses (1+losses,), the step as critics see it, and the pictures."
-    size, first, full = self.micro_batch or len(x), self.team.rank*len(x), self.net.geometry.feed
+    size, first, feed = self.micro_batch or len(x), self.team.rank*len(x), self.net.geometry.feed
     cuts = [slice(i, i + size) for i in range(0, len(x), size)]
     with self._autocast(): targets = [self.objective.prepare(x[c]) for c in cuts]
     loops = [self.net.steps(x[c], self.n_steps - done, None if at is None else tuple(o[c] for o in at), **self.synth) for c in cuts]
@@ -116,7 +116,7 @@ def _turns(self:Trainer, x, done, at):
             self._draw(t, range(first + c.start, first + min(c.stop, len(x))))
             with self._autocast():
                 s = next(loop)
-                y, s = s.y.detach(), s._replace(t=t, w=_float(s.w), y=_float(full(s.y)))
+                y, s = s.y.detach(), s._replace(t=t, w=_full(s.w), y=_full(feed(s.y)))
                 total, terms = self._loss(target, s)
             share = len(s.w)/len(x)/self.team.size
             self.scaler.scale(total*share).backward()
@@ -125,7 +125,6 @@ def _turns(self:Trainer, x, done, at):
         yield losses, Step(t, *(_join(o) for o in zip(*parts))), _join(pictures) if self.update == 'step' else None
 
 def _join(parts): return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-def _float(o): return o.to(torch.promote_types(o.dtype, torch.float32))
 
 # %% ../nbs/07_training.ipynb #a8e0a229
 @patch
@@ -287,7 +286,7 @@ def _equip(self:Trainer):
 
 def adam(params, lr): return torch.optim.Adam(params, lr, fused=params[0].device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/07_training.ipynb #aaab2740
+# %% ../nbs/07_training.ipynb #28dd7084
 class Ranger(torch.optim.RAdam):
     "Rectified Adam on centred gradients, with lookahead: the optimiser of the published code, with its constants. The library `pytorch_optimizer` has it, too."
     def __init__(self, params, lr=1e-4, betas=(.95, .999), eps=1e-5, k=6, alpha=.5):
@@ -333,11 +332,11 @@ def _end(t, n):
     if n is None and t.iterations is None: raise TrainingError(f'how long? give fit(n) or {type(t).__name__}(iterations=…)')
     return t.iterations if n is None else t.iteration + n
 
-# %% ../nbs/07_training.ipynb #ff37942c
+# %% ../nbs/07_training.ipynb #937e5040
 def _go(t, end, progress, watch=()):
     "The loop of every trainer: iterate, and log, validate and save when it is time"
     due = lambda every: t.iteration % every == 0 or t.iteration == end
-    began, watchers = time.time() - getattr(t, 'spent', 0.), _Watchers(t, [_Bar(progress), *(watch if isinstance(watch, list | tuple) else [watch])])
+    began, watchers = time.time() - t.spent, _Watchers(t, [_Bar(progress), *(watch if isinstance(watch, list | tuple) else [watch])])
     with torch.random.fork_rng(devices=[t.device] if t.device.type == 'cuda' else []), polite() as asked, watchers(end):
         while t.iteration < end:
             t._iterate()
@@ -351,19 +350,18 @@ def _go(t, end, progress, watch=()):
 
 def _leave(t, asked):
     "All end together, once the checkpoint is there, and by the same signal, whoever got it"
-    if getattr(t, 'team', None): t.team.barrier()
+    t.team.barrier()
     if not asked: asked.append(signal.SIGTERM)
 
 def _asked(t, asked):
     "Shall we leave? All processes give the same answer."
-    team = getattr(t, 'team', None)
-    if team is None or team.size == 1: return bool(asked)
-    return (t.device.type == 'cpu' or t.iteration % 10 == 0) and team.any(asked)
+    if t.team.size == 1: return bool(asked)
+    return (t.device.type == 'cpu' or t.iteration % 10 == 0) and t.team.any(asked)
 
-# %% ../nbs/07_training.ipynb #7b5e70ba
+# %% ../nbs/07_training.ipynb #b064c99f
 class _Watchers:
     "Those who look on. One who stumbles is left out with a warning: it must not end a run."
-    def __init__(self, t, watch): self.t, self.watch = t, list(watch) if getattr(t, 'team', Team()).main else []
+    def __init__(self, t, watch): self.t, self.watch = t, list(watch) if t.team.main else []
 
     @contextmanager
     def __call__(self, end):

@@ -63,10 +63,8 @@ def test_steps_do_not_add_up(update, steps):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status') or not hasattr(os, 'fork'), reason='needs Linux')
 def test_steps_do_not_add_up_for_the_kernel_either(tmp_path):
-    s = Server(tmp_path, MALLOC_MMAP_THRESHOLD_='500000') # what is freed goes back at once, else one measures the gaps that malloc keeps
-    peaks = {n: s(1, module='test_memory', job='resident', n_steps=n)[0] for n in (1, 10)}
-    s.p.stdin.close()
-    s.p.wait(60)
+    with Server(tmp_path, MALLOC_MMAP_THRESHOLD_='500000') as s: # what is freed goes back at once, else one measures the gaps that malloc keeps
+        peaks = {n: s(1, module='test_memory', job='resident', n_steps=n)[0] for n in (1, 10)}
     print({n: f'{p/2**20:.1f} MiB' for n, p in peaks.items()})
     assert max(peaks.values()) < 1.1*min(peaks.values())            # pages and gaps count here too; what is alive is counted above
 

@@ -96,6 +96,11 @@ class Server:
         self.p.stdin.flush()
         return out, json.loads(self.p.stdout.readline() or 'null')
 
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        self.p.stdin.close()
+        self.p.wait(60)
+
     def said(self): return (self.tmp/'stderr').read_text()
 
     def __call__(self, size, **kw):
@@ -106,10 +111,7 @@ class Server:
 
 @pytest.fixture(scope='module')
 def processes(tmp_path_factory):
-    s = Server(tmp_path_factory.mktemp('processes'))
-    yield s
-    s.p.stdin.close()
-    s.p.wait(60)
+    with Server(tmp_path_factory.mktemp('processes')) as s: yield s
 
 def apart(a, b, part='encoder'):
     "Distance of all weights, relative to their length"

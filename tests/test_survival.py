@@ -55,10 +55,7 @@ def live(folder, death=None, **kw):
 
 @pytest.fixture(scope='module')
 def processes(tmp_path_factory):
-    s = Server(tmp_path_factory.mktemp('survival'))
-    yield s
-    s.p.stdin.close()
-    s.p.wait(60)
+    with Server(tmp_path_factory.mktemp('survival')) as s: yield s
 
 def begin(processes, **kw): return processes.start(1, module='test_survival', job='live', wait=False, **kw)[1][0]
 
