@@ -55,12 +55,16 @@ def _draws(b, n_boot, seed):
     i = torch.randint(b, (n_boot, b), generator=torch.Generator().manual_seed(seed))
     return torch.zeros(n_boot, b, dtype=torch.double).scatter_add_(1, i, torch.ones(i.shape, dtype=torch.double))/b
 
-def _interval(value, draws, level, b):
-    "Basic bootstrap interval; nan for a single picture, of whose like nothing is known"
+def _ends(draws, level, b):
+    "Between them lies that share of the draws; nan for a single picture, of whose like nothing is known"
     if not 0 < level < 1: raise ValueError(f'level is {level}, expected a share between 0 and 1')
-    if b == 1: return torch.full_like(value, torch.nan), torch.full_like(value, torch.nan)
     q = draws.quantile(torch.tensor([(1 - level)/2, (1 + level)/2], dtype=draws.dtype), 0)
-    return 2*value - q[1], 2*value - q[0]
+    return torch.full_like(q, torch.nan) if b == 1 else q
+
+def _interval(value, draws, level, b):
+    "Basic bootstrap interval"
+    low, high = _ends(draws, level, b)
+    return 2*value - high, 2*value - low
 
 # %% ../nbs/12_analysis.ipynb #0fd74b6d
 def mean_interval(
@@ -69,10 +73,10 @@ def mean_interval(
     level=.95,           # Share of the draws inside the interval
     seed=0,              # Of the draws
 ):                       # mean (…), low (…), high (…), float64
-    "Mean over pictures with its bootstrap interval; the ends are nan for a single picture."
+    "Mean over pictures with its bootstrap interval, which stays where the values are; the ends are nan for a single picture."
     v = values.detach().cpu().double()
     mean, draws = v.mean(-1), torch.einsum('rb,...b->r...', _draws(v.shape[-1], n_boot, seed), v)
-    return mean, *_interval(mean, draws, level, v.shape[-1])
+    return mean, *_ends(draws, level, v.shape[-1])
 
 # %% ../nbs/12_analysis.ipynb #df24f85c
 @dataclass(repr=False, eq=False)

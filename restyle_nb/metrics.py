@@ -324,6 +324,7 @@ def steady(
 )->Inversion:      # The same one, with times that are proportional to the iterations done
     "Charge every iteration what it cost in the shortest stretch between two snapshots. ValueError for an inversion without times."
     if inv.seconds is None: raise ValueError('steady: this Inversion has no times; make it with timed=True, or by project')
+    if any(isinstance(o, str) for o in inv.labels or ()): raise ValueError(f'steady: entries {inv.labels[0]} to {inv.labels[-1]!r} are of several kinds, each with a pace of its own; give a search alone')
     at = torch.tensor(inv.labels or list(range(len(inv.seconds))), dtype=torch.float64)
     inv.seconds = (inv.seconds[0] if start is None else start)+(at-at[0])*(inv.seconds.diff()/at.diff()).min()
     return inv

@@ -93,9 +93,8 @@ def show_focus_rows(
     h, w = maps.shape[-2:]
     cols, rows = inv.n_steps + 2, 2*len(inv)
     axs = plt.subplots(rows, cols, figsize=(cols*size, rows*size*h/w + .3), dpi=72, squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.04))[1]
-    steps = inv.labels or range(inv.n_steps + 1)
     for ax in axs.flat: ax.axis('off')
-    for ax, title in zip(axs[0], ['input', *(f'step {t}' for t in steps)]): ax.set_title(title, fontsize=9)
+    for ax, title in zip(axs[0], ['input', *inv.titles]): ax.set_title(title, fontsize=9)
     for i in range(len(inv)):
         for ax, o in zip(axs[2*i], [inv.x[i], *crop(inv.images[:, i])]): ax.imshow(_rgb(o))
         for ax, m in zip(axs[2*i+1, 2:], maps[:, i]): ax.imshow(to_pil(m))

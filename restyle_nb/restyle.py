@@ -6,7 +6,7 @@
 __all__ = ['Step', 'ReStyle', 'Inversion', 'residual_norm', 'Clock', 'evaluating', 'bootstrap', 'naive_feedback', 'pick_device']
 
 # %% ../nbs/03_restyle.ipynb #0cb16c09
-import contextlib, io, json, time
+import contextlib, io, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -174,11 +174,13 @@ class Inversion:
     geometry:Geometry|None = None # Sizes of the model that made it
     seconds:torch.Tensor|None = None # (n+1,) float64, wall time of the whole batch until each entry was there; None: no clock ran
     noise:list|None = None # Noise planes (B,1,h,w) of its own, one a convolution; None: the generator's
-    labels:list|None = None # n+1 iteration numbers, where entries are not single steps; None: 0…n
+    labels:list|None = None # n+1 iteration numbers, or a word with one ('search 20'), where entries are not single steps; None: 0…n
 
     def __len__(self): return len(self.x)
     @property
     def n_steps(self): return len(self.deltas)
+    @property
+    def titles(self): return [o if isinstance(o, str) else f'step {o}' for o in self.labels or range(self.n_steps + 1)] # of the entries
     @property
     def best(self): return self.errors.argmin(0) # (B,)
     @property
@@ -334,10 +336,8 @@ def _inversion(net, x, codes, images, deltas, stopped):
 @patch
 def _columns(self:Inversion, n, kw):
     crop = self.geometry.crop if self.geometry else lambda o: o
-    steps = list(range(self.n_steps + 1)) if self.labels is None else self.labels
-    names = [f'best: step {steps[b]}, L2 {e:.3g}' for b, e in zip(self.best[:n].tolist(), self.errors.min(0).values[:n].tolist())]
-    titles = [f'step {t}' for t in steps]
-    return [crop(o[:n]).float() for o in self._need_images()], dict(x=self.x[:n].float(), names=names, titles=titles) | kw
+    names = [f'best: {self.titles[b]}, L2 {e:.3g}' for b, e in zip(self.best[:n].tolist(), self.errors.min(0).values[:n].tolist())]
+    return [crop(o[:n]).float() for o in self._need_images()], dict(x=self.x[:n].float(), names=names, titles=self.titles) | kw
 
 @patch
 def strip(self:Inversion,
@@ -371,7 +371,8 @@ def __repr__(self:Inversion):
     rows = dict(step=self.labels or range(n + 1), L2=[f'{o:.4f}' for o in self.errors.mean(1).tolist()],
                 delta=[''] + [f'{o:.3f}' for o in rms], best=self.best.bincount(minlength=n + 1).tolist())
     pixels = '' if self.images is None else f', pictures of {tuple(self.images.shape[2:])}'
-    return '\n'.join([f'Inversion of {len(self)} in {n} steps{pixels}'] + [f'{k:6}' + ''.join(f'{o:>8}' for o in v) for k, v in rows.items()])
+    width = max(8, *(len(str(o)) + 2 for o in rows['step']))
+    return '\n'.join([f'Inversion of {len(self)} in {n} steps{pixels}'] + [f'{k:6}' + ''.join(f'{o:>{width}}' for o in v) for k, v in rows.items()])
 
 # %% ../nbs/03_restyle.ipynb #9de3f718
 @patch
@@ -422,8 +423,8 @@ def _check(path, config, ts):
     if ts['deltas'].ndim != 4: raise ValueError(f'{path}: tensor deltas has shape {_shape(ts["deltas"])}, expected (steps, pictures, styles, width)')
     (n, b), code = ts['deltas'].shape[:2], tuple(ts['deltas'].shape[2:])
     labels = config.get('labels')
-    if labels is not None and not (isinstance(labels, list) and len(labels) == n + 1 and all(isinstance(o, int) for o in labels)):
-        raise ValueError(f'{path}: labels are {str(labels)[:60]}, expected {n + 1} whole numbers')
+    if labels is not None and not (isinstance(labels, list) and len(labels) == n + 1 and all(isinstance(o, int) or re.fullmatch('[a-z]{1,12} [0-9]{1,9}', str(o)) for o in labels)):
+        raise ValueError(f'{path}: labels are {str(labels)[:60]}, expected {n + 1} whole numbers, with or without a word before them')
     shapes = dict(codes=(n+1, b, *code), errors=(n+1, b), stopped=(b,), x=(b, *ts['x'].shape[1:]))
     if 'images' in ts: shapes['images'] = (n+1, b, *ts['images'].shape[2:])
     if 'seconds' in ts: shapes['seconds'] = (n+1,)

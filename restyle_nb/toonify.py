@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['KIN', 'show_twins', 'same_mapping', 'blend_shares', 'blend', 'paired_objective', 'fine_tune', 'Alignment',
-           'agreement', 'layout_features', 'alignment']
+           'agreement', 'layout_features', 'alignment', 'NotAligned', 'known_alignment', 'Toon', 'toonify',
+           'StyleScale']
 
-# %% ../nbs/11_toonify.ipynb #cede9916
-import copy, json
+# %% ../nbs/11_toonify.ipynb #90985db3
+import copy, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .checkpoints import read_generator, save_generator
+from .editing import fingerprint
 from .gan import FeatureCritic, GanTrainer, alexnet_features, frechet
 from .generator import Generator
 from .images import atomic_write, show_row, grid, to_float
 from .losses import LPIPS, Objective
+from .restyle import Inversion, ReStyle, bootstrap
 from .training import TrainingError
+from .zoo import load_model
 
 # %% ../nbs/11_toonify.ipynb #b91b25d9
 @torch.no_grad()
@@ -71,7 +75,7 @@ def _related(**generators):
     wrong = [f'{o} ({j}: {a.config[o]}, {k}: {b.config[o]})' for o in KIN if a.config[o] != b.config[o]]
     if wrong: raise ValueError(f"{j} and {k} differ in {', '.join(wrong)}; only generators of the same build mix, best one fine-tuned from the other")
 
-# %% ../nbs/11_toonify.ipynb #0a23ad7d
+# %% ../nbs/11_toonify.ipynb #afdfa78b
 @torch.no_grad()
 def blend(
     base,           # `Generator` that draws the resolutions below `swap`, and gives mapping and average code
@@ -91,9 +95,10 @@ def blend(
     for name, t in g.state_dict().items():
         if name.startswith(('mapping.', 'latent_avg')): continue
         t.copy_(_between(name, a[name], b[name], shares[g.resolutions[_level(name)]]))
+    g.name = _blend_name(_name(base), _name(other), shares, mapping)
     return g.freeze()
 
-# %% ../nbs/11_toonify.ipynb #5ed31d24
+# %% ../nbs/11_toonify.ipynb #c04d3239
 def _level(name):
     "Number of the resolution a tensor of the synthesis belongs to: conv 0 draws at the first, 1 and 2 at the second, …"
     if name == 'const': return 0
@@ -105,18 +110,27 @@ def _between(name, a, b, share):
     if share in (0, 1) or name.startswith('noise_'): return b if share >= .5 else a
     return torch.lerp(a, b, share)
 
+def _name(g): return getattr(g, 'name', 'unnamed')
+
+def _blend_name(a, b, shares, mapping):
+    "A mixture is neither of its parents, and its name says what it is"
+    rs, cut = [*shares, 2*max(shares)], sum(v == 0 for v in shares.values())
+    clean = list(shares.values()) == [0]*cut + [1]*(len(shares) - cut)
+    name = f'{a} below {rs[cut]}, {b} from {rs[cut]}' if clean else f'{a} with ' + ', '.join(f'{v:.0%} {b} at {r}' for r, v in shares.items() if v)
+    return name if mapping == 'base' else f'{name}, mapping of {b}'
+
 def _checked_shares(shares, resolutions):
     if set(shares) != set(resolutions): raise ValueError(f'shares are given for {sorted(shares)}, expected one for each of {list(resolutions)}')
     wrong = {r: v for r, v in shares.items() if not 0 <= v <= 1}
     if wrong: raise ValueError(f'shares must lie between 0 and 1, found {wrong}')
-    return shares
+    return {r: shares[r] for r in resolutions}
 
 # %% ../nbs/11_toonify.ipynb #51d5afc7
 def paired_objective()->Objective:
     "What recipe 02 taught the faces with: 4 L2 + L1 + LPIPS."
     return Objective(l2=4., lpips=1.).add('l1', 1., lambda x: x, lambda x, y, w: (y - x).abs().flatten(1).mean(1))
 
-# %% ../nbs/11_toonify.ipynb #0a636c2f
+# %% ../nbs/11_toonify.ipynb #fc962398
 def fine_tune(
     generator,       # `Generator` to start from; it stays as it is
     pictures,        # (N,C,H,W) of the new world, uint8 or float in [-1,1]; a few hundred may do
@@ -142,6 +156,7 @@ def fine_tune(
     known = folder is not None and (Path(folder)/'last.pt').exists()
     t = GanTrainer.resume(folder, g, pictures, critics, z, anchor, **kw) if known else GanTrainer(g, pictures, critics, folder, z, anchor, **kw)
     _watch(t, _judge(valid, t.device), every, patience, progress)
+    t.best.name = f'{_name(generator)}, fine-tuned'
     return t
 
 # %% ../nbs/11_toonify.ipynb #402239ee
@@ -275,3 +290,93 @@ def alignment(
     v = (second.map(z.to(second.latent_avg.device)) if by == 'z' else w.to(second.latent_avg.device))
     if v.shape[1] != second.style_dim: raise ValueError(f"codes of first have {v.shape[1]} numbers, second takes {second.style_dim}; compare by='z'")
     return agreement(*(_features(judge, g, o) for g, o in ((first, w), (second, v))), seed=seed, **kw)
+
+# %% ../nbs/11_toonify.ipynb #7d30cd46
+class NotAligned(UserWarning):
+    "Two generators do not read codes alike: the start that one hands over means little to the other (App. D)."
+
+_asked = {}   # (fingerprint, fingerprint) -> Alignment
+
+def known_alignment(
+    first,    # `Generator` whose mapping makes the codes
+    second,   # The other one
+)->Alignment: # Of 64 codes, looked at by `layout_features`
+    "`alignment` of two generators, measured once and remembered by their fingerprints."
+    key = fingerprint(first), fingerprint(second)
+    if key not in _asked: _asked[key] = alignment(first, second, 64)
+    return _asked[key]
+
+def _space(a, b):
+    "Their alignment, with a warning if there is none; None where it cannot be asked: codes of another width, or no `map`"
+    if a.style_dim != b.style_dim or not hasattr(a, 'map'): return None
+    o, (p, q) = known_alignment(a, b), (getattr(g, 'name', f'the {k} generator') for g, k in ((a, 'first'), (b, 'second')))
+    if not o.aligned: warnings.warn(NotAligned(
+        f'{p} and {q} do not share a latent space: two pictures of one code agree better than {o.share:.0%} of strangers ({o.low:.0%} to {o.high:.0%}; '
+        f'chance is 50 %, expected {o.bar:.0%}). What {p} finds for a face means little to {q}, and the result may show somebody else (App. D). '
+        'Take a second generator that was fine-tuned from the first with the mapping frozen (toonify.fine_tune), or start from the average: second.invert(x)'), stacklevel=3)
+    return o
+
+# %% ../nbs/11_toonify.ipynb #25c83a63
+@dataclass(repr=False, eq=False)
+class Toon:
+    "A toonified batch. Shows itself as a film strip: the face, its inversion, toon after toon."
+    inversion: Inversion         # Entry 0: what the first model drew; from 1 on: the steps of the second
+    alignment: Alignment | None  # Of the two generators; None: not asked
+    generator: Generator         # That draws the toons
+
+    @property
+    def images(self): return self.inversion.images[-1]     # (B,C,H,W), the last step's
+    @property
+    def codes(self): return self.inversion.codes[-1]       # (B,n_styles,style_dim)
+    def __len__(self): return len(self.inversion)
+    @property
+    def titles(self): return ['inverted', *(f'toon {t}' for t in range(1, self.inversion.n_steps + 1))]
+    def show(self, n=8, **kw): self.inversion.show(n, **dict(titles=self.titles) | kw)
+    def strip(self, n=8, **kw): return self.inversion.strip(n, **dict(names=None, titles=self.titles) | kw)
+    def _repr_png_(self): return self.inversion._repr_png_()
+    def __repr__(self): return f'Toon of {len(self)} in {self.inversion.n_steps} steps, drawn by {_name(self.generator)}; {self.alignment or "alignment not asked"}'
+
+# %% ../nbs/11_toonify.ipynb #d763c52b
+def toonify(
+    first,           # `ReStyle` that inverts faces, or its name in the zoo
+    second,          # `ReStyle` that draws toons, or its name
+    x,               # Pictures, as in `ReStyle.invert`
+    n_steps:int=5,   # Steps of `second`: each makes the toon more like the picture, and less of a toon
+    swap:int|None=None, # First resolution that the second generator draws, as in `blend(first, second, swap)`; None: all
+    check:bool=True, # Ask whether the latent spaces agree? Once for each pair of generators
+    **kw,            # Passed to `restyle.bootstrap`: batch_size, timed, noise
+)->Toon:             # Every step, the alignment, and the generator that drew
+    "Pictures to toons by encoder bootstrapping (section 5.5). Warns with `NotAligned`; ValueError if the codes do not even fit."
+    first, second = _net(first, second), _net(second, first)
+    spaces = _space(first.generator, second.generator) if check else None
+    if swap is not None: second = ReStyle(second.encoder, blend(first.generator, second.generator, swap), second.geometry, second.own_avg, second.passes)
+    return Toon(bootstrap(first, second, x, n_steps, **kw), spaces, second.generator)
+
+def _net(o, other): return o if isinstance(o, ReStyle) else load_model(o, other.device if isinstance(other, ReStyle) else 'auto')
+
+# %% ../nbs/11_toonify.ipynb #72699909
+class StyleScale:
+    "A ruler between two worlds that looks at style alone: 0 is the mean of the first, 1 of the second. Called as a metric, `(y) -> (B,)`."
+    def __init__(self,
+        first,    # Pictures (N,C,H,W) of the first world, uint8 or float in [-1,1]
+        second,   # Pictures (M,C,H,W) of the second; they need not be of the same persons
+        net=None, # `LPIPS`, whose AlexNet looks; None: a fresh one
+    ):
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+        if min(len(first), len(second)) < 4: raise ValueError(f'StyleScale: {len(first)} and {len(second)} pictures, expected at least 4 of each world; better 200')
+        first, second = to_float(first), to_float(second)
+        self.net = net or LPIPS().to(first.device)
+        worlds = [self.look(o) for o in (first, second)]
+        fit, rest = ([o[i::2] for o in worlds] for i in (0, 1))      # a half for the direction, the other for the scale
+        lda = LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto').fit(torch.cat(fit).cpu().numpy(), [0]*len(fit[0]) + [1]*len(fit[1]))
+        v = torch.from_numpy(lda.coef_[0]).to(worlds[0])
+        zero, one = ((o @ v).mean() for o in rest)
+        if not one > zero: raise ValueError('StyleScale: the two worlds cannot be told apart; give more pictures, or other ones')
+        self.v, self.zero = v/(one - zero), zero/(one - zero)
+
+    def look(self, y): # (N,1280), what there is in a picture, wherever it is
+        layers = zip(*[list(self.net.layers(o))[:3] for o in y.clamp(-1, 1).split(64)])
+        return torch.cat([f for h in map(torch.cat, layers) for f in (h.mean((2, 3)), h.std((2, 3)))], 1)
+
+    @torch.no_grad()
+    def __call__(self, y, target=None): return self.look(y) @ self.v - self.zero   # (B,); a target, as metrics have one, is not looked at

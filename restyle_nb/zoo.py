@@ -257,7 +257,7 @@ def load_generator(
 )->Generator:
     "A frozen generator, by name or from a file; a released ReStyle model gives the generator inside it."
     src, card = _source(name, folder, ('generator',), ('generator', 'restyle'), path, hub, cache, progress)
-    g = read_generator(src)
+    g = _named(read_generator(src), src, card)
     _settle(card, src, cache, output=g.shapes[-1])
     return g.freeze().to(pick_device(device))
 
@@ -278,11 +278,17 @@ def load_model(
         generator = checked(card.generator, _home(card.generator, folder)) if card.get('generator') else card.name.split('-')[0]
     if isinstance(generator, (str, os.PathLike)): generator = load_generator(generator, 'cpu', folder, cache=cache, progress=progress)
     net = read_restyle(src, generator).eval()
+    if generator is None: _named(net.generator, src, card)
     if card and card.get('kind') == 'single': net.passes = 1
     _settle(card, src, cache, output=net.geometry.output, encoder=net.geometry.encoder)
     return net.to(device)
 
 # %% ../nbs/05_zoo.ipynb #f074fb5e
+def _named(g, src, card):
+    "The generator with a `name` to be known by: the zoo's, or that of its file"
+    g.name = (card.name if card else Path(src).stem.replace('_', '-')).removesuffix('-generator')
+    return g
+
 def _home(file, folder): return folder if any(c.file == file for c in list_files(folder)) else None   # encoders kept elsewhere share the embedded generators
 
 def _is_path(name): return isinstance(name, os.PathLike) or os.sep in str(name) or Path(name).suffix != '' or Path(name).is_file()

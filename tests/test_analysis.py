@@ -102,6 +102,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         assert abs(held - level) < .05
 
 
+def test_intervals_of_a_mean_stay_where_the_values_are():
+    "An error below 0 or a likeness above 1 is none, however few and uneven the pictures"
+    few = torch.rand(500, 8, generator=torch.Generator().manual_seed(2))**6
+    for x in (few, 1 - few):
+        mean, low, high = mean_interval(x)
+        assert (low >= 0).all() and (high <= 1).all() and (low < mean).all() and (mean < high).all()
+
+
 def test_intervals_of_v_hold_the_truth():
     "Equal steps of 64 numbers: v of few pictures is too large, and the interval must know it"
     held = 0

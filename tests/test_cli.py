@@ -330,7 +330,7 @@ def test_a_generator_of_ones_own(good, tmp_path, capsys):
 
 # --- quick to answer
 
-COMMANDS = 'restyle_demo', 'restyle_invert', 'restyle_models', 'restyle_train', 'restyle_evaluate'
+COMMANDS = 'restyle_demo', 'restyle_invert', 'restyle_edit', 'restyle_models', 'restyle_train', 'restyle_evaluate'
 HELP = """
 import sys, time
 from restyle_nb.cli import {command}
@@ -591,3 +591,92 @@ def test_evaluate_names_bad_pictures(good, run, capsys):
     assert evaluated('faces64', '--pictures', good) == 2 and 'notes.png' in complaints(capsys)[0]
     assert evaluated('faces64', '--pictures', good, '--skip') == 0 and 'notes.png' in complaints(capsys)[0]
     assert evaluated(run) == 2 and '--pictures' in complaints(capsys)[0]
+
+
+# --- restyle_edit
+
+def edited(*words):
+    from restyle_nb.cli import restyle_edit
+    return restyle_edit([str(w) for w in words] + ['--device', 'cpu'])
+
+
+@pytest.fixture(scope='session')
+def ways(tmp_path_factory):
+    "A file with three directions of faces64: one in W, one with a name fit for no file, one that nobody claims"
+    from restyle_nb.editing import Direction, home_of, save_directions
+    home, v = home_of(load_model('faces64', 'cpu')), torch.randn(3, 128, generator=torch.Generator().manual_seed(0))/4
+    return save_directions([Direction('turn', v[0], home=home), Direction('a/b: strip', v[1], home=home), Direction('found', v[2])], tmp_path_factory.mktemp('ways')/'d.safetensors')
+
+
+def tiles(path, n):
+    "The n tiles of a strip of pictures of 64 pixels, each enlarged three times"
+    x = load_image(path)
+    return [x[:, -200:-8, 4 + 196*i:196 + 196*i][:, 1::3, 1::3] for i in range(n)]
+
+
+def test_moves_are_those_of_edit(good, ways, tmp_path):
+    "One strength: the picture that `edit` paints; a range: its strip begins and ends where `edit` does, from there on"
+    from restyle_nb.editing import edit, read_directions
+    assert edited(good, '--directions', ways, '--edit', 'turn=1.5', '--edit', 'a/b: strip=-2:2:5', '--out', tmp_path/'out', '--steps', 2) == 0
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['edits.json', 'good_a-b-strip.png', 'good_edited.png', 'good_strip.png']
+    net, d = load_model('faces64-restyle-e4e', 'cpu'), read_directions(ways)
+    inv = net.invert(good/'good.png', 2)
+    def distance(y, *more): return (y - edit(net, inv, [(d['turn'], 1.5), *more]).y[0].clamp(-1, 1)).abs().max()
+    assert distance(load_image(tmp_path/'out'/'good_edited.png')) <= 1/127
+    for tile, a in zip(tiles(tmp_path/'out'/'good_a-b-strip.png', 6)[1:], range(-2, 3)): assert distance(tile, (d['a/b: strip'], a)) <= 1/127
+    report = json.loads((tmp_path/'out'/'edits.json').read_text())
+    assert report['n_images'] == 1 and [m['strengths'] for m in report['moves']] == [[1.5], [-2, -1, 0, 1, 2]] and 'turn' in report['moves'][0]['direction']
+
+
+def test_layers_that_are_not_named_stay(good, ways, tmp_path):
+    from restyle_nb.editing import edit, read_directions
+    net, d = load_model('faces64-restyle-e4e', 'cpu'), read_directions(ways)['turn']
+    inv, seen = net.invert(good/'good.png', 1), []
+    for layers, meant in (('coarse', range(4)), ('6:8', range(6, 8)), ('5', 5), ('0,9', [0, 9])):
+        assert edited(good, '--directions', ways, '--edit', 'turn=3', '--layers', layers, '--steps', 1, '--out', tmp_path/layers) == 0
+        seen.append(load_image(tmp_path/layers/'good_edited.png'))
+        assert (seen[-1] - edit(net, inv, {d.only(meant, net): 3.}).y[0].clamp(-1, 1)).abs().max() <= 1/127
+    assert min((a - b).abs().max() for i, a in enumerate(seen) for b in seen[:i]) > .05
+
+
+def test_embedded_directions_are_there(good, tmp_path, capsys):
+    assert edited('--list') == 0
+    assert {'smile', 'age', 'yaw'} <= {l.split(':')[0] for l in capsys.readouterr().out.splitlines()}
+    assert edited(good, '--edit', 'smile=2', '--edit', 'smile=-1:1:2', '--edit', 'smile=0:1:2', '--out', tmp_path/'out', '--steps', 1) == 0
+    assert {p.name for p in (tmp_path/'out').glob('*smile*')} == {'good_smile.png', 'good_smile-2.png'}
+
+
+def test_list_says_what_is_in_a_file(ways, capsys):
+    assert edited('--list', '--directions', ways) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].startswith('turn: W') and 'faces64' in lines[0] and 'unknown' in lines[2]
+
+
+@pytest.mark.parametrize('words,says', [(['turm=1'], 'did you mean turn'), (['found=1'], 'does not say'), (['turn=1', '--model', 'toons64'], 'faces64'),
+                                        (['turn=1', '--layers', '9:12', '--model', 'no-such'], 'no-such'), (['turn=1', '--layers', '40:50'], '40'),
+                                        (['turn=1', '--directions', 'no-file.npy'], 'no-file.npy'), (['turn=1', '--directions', 'no-world'], 'no-world')])
+def test_edit_says_in_a_line_what_is_wrong(good, ways, tmp_path, capsys, words, says):
+    assert edited(good, '--directions', ways, '--edit', *words, '--out', tmp_path/'out') == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and says in lines[0] and lines[0].startswith('restyle_edit: ') and not list((tmp_path/'out').glob('*.png'))
+
+
+@pytest.mark.parametrize('move,model,name', [('turn=1', 'toons64', 'faces64'), ('found=1', 'faces64', 'unknown')])
+def test_a_stranger_is_allowed_by_name(good, ways, tmp_path, move, model, name):
+    assert edited(good, '--directions', ways, '--edit', move, '--model', model, '--allow', name, '--out', tmp_path/'out', '--steps', 1) == 0
+    assert (tmp_path/'out'/'good_edited.png').exists()
+
+
+def test_edit_leaves_out_a_bad_picture(good, ways, tmp_path, capsys):
+    text_named_png(good/'notes.png')
+    assert edited(good, tmp_path/'nowhere.png', '--directions', ways, '--edit', 'turn=1', '--out', tmp_path/'out', '--steps', 1) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 2 and any('notes.png' in l for l in lines) and (tmp_path/'out'/'good_edited.png').exists()
+
+
+@pytest.mark.parametrize('words', [[], ['x.png'], ['x.png', '--edit', 'turn=1'], ['x.png', '--out', 'o'], ['x.png', '--out', 'o', '--edit', 'turn'],
+                                   ['x.png', '--out', 'o', '--edit', 'turn=1:2:3:4'], ['x.png', '--out', 'o', '--edit', 'turn=inf'], ['x.png', '--out', 'o', '--edit', 'a=1', '--layers', 'middle']])
+def test_edit_words_that_make_no_sense(words, capsys):
+    with pytest.raises(SystemExit) as e: edited(*words)
+    assert e.value.code == 2
+    capsys.readouterr()

@@ -61,6 +61,7 @@ def test_steady_believes_the_shortest_stretch():
     torch.testing.assert_close(inv.seconds, torch.tensor([3, 5, 7, 11], dtype=F64))
     torch.testing.assert_close(steady(inv, start=0).seconds, torch.tensor([0, 2, 4, 8], dtype=F64))
     with pytest.raises(ValueError, match='timed=True'): steady(SimpleNamespace(seconds=None, labels=None))
+    with pytest.raises(ValueError, match='several kinds'): steady(timed([3, 4, 6], [0, 5, 'search 10']))
 
 
 def test_operations_are_those_of_the_formulas():

@@ -4,8 +4,12 @@ import copy
 import pytest
 import torch
 
+from restyle_nb.encoders import build_encoder
 from restyle_nb.generator import Generator
-from restyle_nb.toonify import (Alignment, agreement, alignment, blend, blend_shares, fine_tune, layout_features, paired_objective, same_mapping, show_twins)
+from restyle_nb.losses import Objective
+from restyle_nb.restyle import ReStyle, bootstrap
+from restyle_nb.toonify import (Alignment, NotAligned, StyleScale, agreement, alignment, blend, blend_shares, fine_tune, known_alignment, layout_features,
+                                paired_objective, same_mapping, show_twins, toonify)
 from restyle_nb.training import TrainingError
 
 WIDTHS = {4: 12, 8: 10, 16: 8, 32: 6, 64: 5, 128: 4, 256: 4, 512: 4, 1024: 4}
@@ -386,3 +390,211 @@ def test_twins_are_shown():
     show_twins(dict(photo=a, toon=relative(a)), codes(a, 5))
     assert [ax.get_ylabel() for ax in plt.gcf().axes] == ['photo', 'toon']
     plt.close('all')
+
+
+# ---------------------------------------------------------------- names
+
+def test_a_mixture_has_a_name_of_its_own():
+    a = tiny()
+    b = relative(a)
+    assert blend(a, b, 16).name == 'unnamed below 16, unnamed from 16'
+    a.name, b.name = 'photo', 'toon'
+    assert blend(a, b, 16).name == 'photo below 16, toon from 16' and blend(a, b, 4).name == 'photo below 4, toon from 4'
+    assert blend(a, b, 16, mapping='other').name == 'photo below 16, toon from 16, mapping of toon'
+    assert blend(a, b, 16, width=2).name == 'photo with 25% toon at 8, 75% toon at 16, 100% toon at 32'
+    assert blend(a, b, shares={32: 1., 4: 0., 16: 0., 8: 0.}).name == 'photo below 32, toon from 32'
+    assert blend(a, b, shares={4: 1., 8: 0., 16: 0., 32: 0.}).name == 'photo with 100% toon at 4'
+    assert (a.name, b.name) == ('photo', 'toon')
+
+
+def test_a_pupil_has_a_name_of_its_own(paired, tmp_path, monkeypatch):
+    g, x, z = paired
+    g = copy.deepcopy(g)
+    g.name = 'photo'
+    monkeypatch.setattr('restyle_nb.toonify._judge', lambda *a: lambda g: 1.)
+    kw = FAST | dict(critic=0., iterations=4, anchor=Objective(lpips=0.))
+    for folder in (None, tmp_path/'run', tmp_path/'run'): assert fine_tune(g, x, z, folder, **kw).best.name == 'photo, fine-tuned'
+    assert g.name == 'photo'
+
+
+# ---------------------------------------------------------------- toonify
+
+def model(g, seed):
+    torch.manual_seed(seed)
+    return ReStyle(build_encoder('compact', n_styles=g.n_styles, style_dim=g.style_dim, input_size=32, widths=(8, 16)), g).eval()
+
+
+@pytest.fixture
+def pair():
+    a = tiny()
+    b = relative(a)
+    a.name, b.name = 'photo', 'toon'
+    return model(a, 1), model(b, 2)
+
+
+@pytest.fixture
+def x(): return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))*2 - 1
+
+
+def found(low=.95): return Alignment(max(low, .5), low, 1., .6, 0., 1., 64, .95, .9)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    "What `alignment` is asked, and what it shall answer"
+    import restyle_nb.toonify as m
+    calls = []
+    def answer(a, b, n):
+        calls.append((getattr(a, 'name', None), getattr(b, 'name', None), n))
+        return asked.answer
+    asked = type('Asked', (), dict(calls=calls, answer=found()))
+    monkeypatch.setattr(m, '_asked', {})
+    monkeypatch.setattr(m, 'alignment', answer)
+    return asked
+
+
+def same(a, b):
+    for k in ('codes', 'deltas', 'errors', 'stopped', 'x', 'images'): assert torch.equal(getattr(a, k), getattr(b, k)), k
+
+
+def test_toonify_is_the_bootstrap(pair, x, asked, recwarn):
+    toon = toonify(*pair, x, 3)
+    want = bootstrap(*pair, x, 3)
+    same(toon.inversion, want)
+    assert torch.equal(toon.images, want.images[-1]) and torch.equal(toon.codes, want.codes[-1]) and len(toon) == 3
+    assert toon.alignment == found() and toon.generator is pair[1].generator and asked.calls == [('photo', 'toon', 64)] and not recwarn.list
+    assert 'drawn by toon; one latent space' in repr(toon)
+
+
+def test_toonify_passes_on(pair, x, asked):
+    toon = toonify(*pair, x, 2, batch_size=2, timed=True, noise=None).inversion
+    want = bootstrap(*pair, x, 2, batch_size=2, noise=None)
+    same(toon, want)
+    assert len(toon.seconds) == 3 and not torch.equal(toon.images, bootstrap(*pair, x, 2).images)
+    assert len(toonify(*pair, x[0], 1)) == 1
+
+
+@pytest.mark.parametrize('swap', [4, 16, 64])
+def test_toonify_swaps_layers(pair, x, asked, swap):
+    first, second = pair
+    mixed = blend(first.generator, second.generator, swap)
+    toon = toonify(first, second, x, 2, swap=swap)
+    same(toon.inversion, bootstrap(first, ReStyle(second.encoder, mixed, second.geometry), x, 2))
+    assert toon.generator.name == f'photo below {swap}, toon from {swap}' and second.generator.name == 'toon'
+    if swap == 4: same(toon.inversion, bootstrap(first, second, x, 2))
+
+
+def test_the_mixture_starts_where_its_model_does(pair, asked, x):
+    "An average of the model's own is not lost with the generator's"
+    first, second = pair
+    own = ReStyle(second.encoder, second.generator, second.geometry, latent_avg=second.latent_avg + .1, passes=3)
+    assert torch.equal(toonify(first, own, x, 1, swap=4).inversion.codes, toonify(first, own, x, 1).inversion.codes)
+
+
+def test_asked_once_until_a_weight_changes(pair, x, asked):
+    first, second = pair
+    for _ in range(2): toonify(first, second, x, 1, swap=16)
+    toonify(first, copy.deepcopy(second), x, 1)
+    assert len(asked.calls) == 1
+    second.generator.const.data += .5
+    toonify(first, second, x, 1)
+    assert len(asked.calls) == 2
+    toonify(second, first, x, 1)                                   # who makes the codes matters
+    assert len(asked.calls) == 3
+    assert toonify(second, second, x, 1, check=False).alignment is None and len(asked.calls) == 3
+
+
+@pytest.mark.parametrize('low', [.3, .7])
+def test_strangers_are_warned_of(pair, x, asked, low):
+    asked.answer = found(low)
+    for _ in range(2):                                             # what is remembered is said again
+        with pytest.warns(NotAligned) as said: toon = toonify(*pair, x, 1)
+        text = str(said[0].message)
+        assert len(said) == 1 and said[0].filename == __file__
+        for word in ('photo and toon', f'{max(low, .5):.0%} of strangers', 'expected 90%', 'fine_tune', 'second.invert(x)'): assert word in text, word
+        assert not toon.alignment.aligned
+    for net in pair: del net.generator.name
+    with pytest.warns(NotAligned, match='the first generator and the second generator do not share'): toonify(*pair, x, 1)
+
+
+def test_a_real_stranger_is_found_out(x):
+    "Not what `alignment` is made to say, but what it says: a relative passes, other codes do not"
+    a = tiny()
+    b = relative(a, part=('to_images.',))
+    strange = copy.deepcopy(b)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    for m in strange.modules():
+        if hasattr(m, 'affine'): m.affine.weight.data = m.affine.weight[:, order].clone()
+    assert known_alignment(a, a).share == 1. and known_alignment(a, b) is known_alignment(a, b)
+    assert known_alignment(a, b).share > known_alignment(a, strange).share + .2
+    with pytest.warns(NotAligned): toonify(model(a, 1), model(strange, 2), x, 1)
+
+
+class Plain:
+    "A generator of the contract and no more"
+    n_styles, style_dim, image_channels = 8, 16, 3
+    def __init__(self, g): self.g, self.latent_avg = g, g.latent_avg
+    def synthesize(self, w, **kw): return self.g.synthesize(w, **kw)
+
+
+def test_no_mapping_no_question(pair, x, asked):
+    first, second = pair
+    plain = ReStyle(first.encoder, Plain(first.generator), first.geometry)
+    toon = toonify(plain, second, x, 2)
+    same(toon.inversion, bootstrap(first, second, x, 2))
+    assert toon.alignment is None and 'alignment not asked' in repr(toon) and not asked.calls
+
+
+def test_codes_that_do_not_fit(pair, x, asked):
+    with pytest.raises(ValueError, match='style_dim is 16 in the first model and 8 in the second'): toonify(pair[0], model(tiny(style_dim=8, z_dim=8), 3), x)
+    with pytest.raises(ValueError, match='swap is 12'): toonify(*pair, x, swap=12)
+
+
+def test_models_by_name(monkeypatch, pair, x, asked):
+    import restyle_nb.toonify as m
+    named = dict(zip(('a', 'b'), pair))
+    devices = []
+    monkeypatch.setattr(m, 'load_model', lambda name, device: devices.append(str(device)) or named[name])
+    same(toonify('a', 'b', x, 1).inversion, toonify(*pair, x, 1).inversion)
+    toonify(pair[0], 'b', x, 1)
+    assert devices == ['auto', 'auto', 'cpu']
+
+
+def test_a_toon_shows_itself(pair, x, asked):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    toon = toonify(*pair, x, 2)
+    toon.show(2)
+    assert [ax.get_title() for ax in plt.gcf().axes if ax.get_title()] == ['input', 'inverted', 'toon 1', 'toon 2']
+    plt.close('all')
+    wide, tall = toon.strip(2).size, toon.strip(3).size
+    assert wide[0] == tall[0] and wide[1] < tall[1] and toon._repr_png_().startswith(b'\x89PNG')
+
+
+# ---------------------------------------------------------------- style
+
+def ink(n, hatched, seed=0):
+    "Blobs somewhere, in some colours; hatched or not"
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.nn.functional.interpolate(torch.rand(n, 3, 4, 4, generator=rng), 64, mode='bilinear')*1.4 - .7
+    return (y + .3*hatched*((torch.arange(64)//2 % 2)*2. - 1)).clamp(-1, 1)
+
+
+def test_style_knows_worlds_and_not_people():
+    from restyle_nb.losses import LPIPS
+    net = LPIPS()
+    style = StyleScale(ink(40, 0, 1), ink(40, 1, 2), net)
+    plain, mid, hatched = (style(ink(40, h, 3)) for h in (0, .5, 1))
+    assert abs(plain.mean()) < .1 and abs(hatched.mean() - 1) < .1 and (plain < .5).all() and (hatched > .5).all()
+    assert .05 < mid.mean() < .95
+    turned = style(ink(40, 1, 3).flip(2))
+    assert (turned - hatched).abs().mean() < .1                     # upside down: where what is does not count
+    assert torch.equal(style(ink(40, 1, 3), ink(40, 0, 4)), hatched) # nor does a target
+    bytes_ = [((o + 1)*127.5).round().byte() for o in (ink(40, 0, 1), ink(40, 1, 2))]
+    torch.testing.assert_close(StyleScale(*bytes_, net)(ink(40, 1, 3)), hatched, atol=.05, rtol=0)
+
+
+def test_style_refuses():
+    with pytest.raises(ValueError, match='3 and 40 pictures'): StyleScale(ink(3, 0), ink(40, 1))
+    with pytest.raises(ValueError, match='cannot be told apart'): StyleScale(ink(8, 0), ink(8, 0))

@@ -31,8 +31,8 @@ def is_slow(cell): return re.search(r'^#\|\s*slow\s*$', source(cell), re.M) is n
 def printed(cell): return '\n'.join(''.join(o.get('text', '') or o['data'].get('text/markdown', '')) for o in cell['outputs'])
 
 
-def test_all_six_lessons_are_there():
-    assert [p.stem[0] for p in LESSONS] == list('123456')
+def test_all_seven_lessons_are_there():
+    assert [p.stem[0] for p in LESSONS] == list('1234567')
 
 
 @each_lesson

@@ -1,4 +1,5 @@
-"Widgets without a browser: hostile uploads, threads, speed, and pages that play without a kernel."
+"Widgets without a browser: what is shown, edits, toons, hostile uploads, threads, speed, and pages that play without a kernel."
+import copy
 import io
 import json
 import re
@@ -14,11 +15,16 @@ import pytest
 import torch
 from PIL import Image
 from restyle_nb import widgets
+from restyle_nb.directions import pca, readings, sefa
+from restyle_nb.editing import Direction, edit, home_of, style_sizes, sweep
 from restyle_nb.generator import Generator
-from restyle_nb.images import Geometry, to_uint8
-from restyle_nb.restyle import ReStyle
-from restyle_nb.widgets import Blender, Comparison, Explorer, Frame, LatentEditor, Latest, Player, data_uri, player, png
-from restyle_nb.zoo import held_out, load_model
+from restyle_nb.images import to_uint8
+from restyle_nb.judges import load_judge
+from restyle_nb.restyle import ReStyle, bootstrap
+from restyle_nb.toonify import toonify
+from restyle_nb.widgets import (Blender, Comparison, Explorer, Frame, LatentEditor, Latest, Player, Toonifier, data_uri,
+                                player, png)
+from restyle_nb.zoo import held_out, load_generator, load_model
 
 
 def send(widget, name, content):
@@ -162,6 +168,227 @@ def test_pictures_from_files(tmp_path, net, faces):
     assert list(e.picture.options) == ['0.png', '1.png']
     assert e.load(tmp_path/'none.png').wait().status.endswith('none.png: no such file; check the path')
     assert torch.equal(pixels(sources(e.shown)[0]), to_uint8(faces[0]))
+
+
+# ---------------------------------------------------------------- the editor
+
+@pytest.fixture(scope='module')
+def ways(net): return pca(net, 9) + sefa(net, 4)
+
+@pytest.fixture
+def editor(net, ways): return LatentEditor(net, ways).wait()
+
+def patiently(test, seconds=20):
+    end = time.monotonic() + seconds
+    while not test():
+        assert time.monotonic() < end
+        time.sleep(.01)
+
+def move(l, **strengths):
+    for k, a in strengths.items(): l.sliders[k.replace('_', ' ')].value = a
+    return l.wait()
+
+
+def test_the_editor_shows_the_edit(editor, net, ways):
+    "Bit by bit what `edit` draws, in the chosen layers, with moves in style space too; at rest the picture itself"
+    code = net.invert(held_out(1), 5).codes[-1]
+    assert torch.equal(editor.code, code) and torch.equal(*editor.frame.pictures[:2])
+    move(editor, PC_1=1.5, PC_3=-2.)
+    e = edit(net, code, {ways[0]: 1.5, ways[2]: -2.})
+    assert torch.equal(editor.now.w, e.w) and torch.equal(editor.code, e.w)
+    assert torch.equal(editor.frame.pictures[1], e.y[0].clamp(-1, 1)) and torch.equal(editor.frame.pictures[0], edit(net, code, {}).y[0].clamp(-1, 1))
+    assert editor.frame.text.startswith('PC 1 +1.5, PC 3 -2.0 standard deviations: layers all')
+    editor.layers.value = 'coarse + medium'
+    editor.wait()
+    assert torch.equal(editor.now.w, edit(net, code, {ways[0].only('coarse+medium', net): 1.5, ways[2].only('coarse+medium', net): -2.}).w)
+    channels = Direction('paint', torch.randn(sum(style_sizes(net)), generator=torch.Generator().manual_seed(0)), space='style', home=home_of(net))
+    l = move(LatentEditor(net, [channels]).wait(), paint=.5)
+    assert torch.equal(l.code, code) and torch.equal(l.frame.pictures[1], edit(net, code, {channels: .5}).y[0].clamp(-1, 1))
+    assert not torch.equal(*l.frame.pictures[:2])
+
+
+def test_only_as_many_sliders_as_fit(editor, ways):
+    "What is in use stays; what rests makes place"
+    names = [d.name for d in ways]
+    assert list(editor.sliders) == names[:6] and [o for o, _ in editor.add.options[1:]] == names[6:9]
+    move(editor, PC_2=1.)
+    for k in names[6:9]: editor.add.value = k
+    assert len(editor.sliders) == editor.most == 8 and 'PC 1' not in editor.sliders and editor.add.label == '…'
+    assert tuple(editor.sliders.values()) == editor.box.children
+    editor.set.value = 'closed form'
+    assert list(editor.sliders) == ['PC 2'] + names[9:] and editor.sliders['PC 2'].value == 1.
+    assert editor.wait().frame.text.startswith('PC 2 +1.0 ')
+
+
+def test_undo_and_reset(editor, monkeypatch):
+    now = [0.]
+    monkeypatch.setattr(widgets.time, 'monotonic', lambda: now[0])
+    assert editor.undo.disabled
+    for t, a in enumerate((.5, .7, 1.)): now[0] = .1*t; move(editor, PC_1=a)   # one drag
+    now[0] = 5.
+    move(editor, PC_1=2.)
+    editor.layers.value = 'fine'
+    move(editor, PC_4=-1.)
+    editor.set.value = 'closed form'                       # an unused slider goes, and undo brings it back
+    editor.reset.click()
+    states = [editor._state()]
+    for _ in range(5):
+        editor.undo.click()
+        states.append(editor._state())
+    assert states == [({}, 'all'), ({'PC 1': 2., 'PC 4': -1.}, 'fine'), ({'PC 1': 2.}, 'fine'), ({'PC 1': 2.}, 'all'), ({'PC 1': 1.}, 'all'), ({}, 'all')]
+    assert editor.undo.disabled and torch.equal(*editor.wait().frame.pictures[:2])
+
+
+def test_foreign_directions(net, ways):
+    "Refused with the sentence of `check`, allowed by name; those without a home too"
+    there = load_generator('toons64')
+    with pytest.raises(ValueError) as e: ways[0].check(there)
+    l = LatentEditor('toons64', ways[:3]).wait()
+    assert l.status == str(e.value) and 'restyle-error' in l.message.value and not l.sliders
+    assert l.permit.description == 'allow faces64' and l.permit.layout.display is None and torch.equal(*l.frame.pictures[:2])
+    assert '<img' in l._repr_mimebundle_()['text/html']
+    l.permit.click()
+    assert list(l.wait().sliders) == ['PC 1', 'PC 2', 'PC 3'] and l.permit.layout.display == 'none' and 'inverted with' in l.status
+    move(l, PC_2=1.)
+    assert torch.equal(l.code, edit(there, l._done[1][0], {ways[1]: 1.}, allow='faces64').w)
+    assert list(LatentEditor('toons64', ways[:3], allow='faces64').sliders) == ['PC 1', 'PC 2', 'PC 3']
+    mixed = {'here': torch.randn(128), 'lost': Direction('lost', torch.randn(128))}
+    l = LatentEditor('toons64', mixed).wait()
+    assert list(l.sliders) == ['here'] and "allow='unknown'" in l.status and l.permit.description == 'allow unknown'
+    l.permit.click()
+    assert list(l.wait().sliders) == ['here', 'lost']
+    short = LatentEditor('toons64', [Direction('short', torch.randn(7), home=home_of(net) | dict(style_dim=7))], allow='faces64').wait()
+    assert 'does not fit' in short.status and not short.sliders
+
+
+def test_directions_in_any_form(net, tmp_path):
+    v, full = torch.randn(128), torch.randn(net.generator.n_styles, 128)
+    class Holder: vector = v
+    l = LatentEditor(net, dict(a=v, b=full, c=Holder())).wait()
+    assert list(l.sliders) == list('abc') and [l.directions[k].space for k in 'abc'] == ['w', 'w+', 'w']
+    move(l, b=2.)
+    assert torch.allclose(l.code - l._done[1][0], 2*full, atol=1e-5) and 'b +2.0 times the vector' in l.frame.text
+    l.directions['a'].save(tmp_path/'a.safetensors')
+    assert torch.equal(LatentEditor(net, tmp_path/'a.safetensors').directions['a'].vector, v)
+    for wrong, said in ((dict(x=torch.zeros(3)), r'x: a direction has shape \(3,\)'), ({}, 'no directions')):
+        with pytest.raises(ValueError, match=said): LatentEditor(net, wrong)
+
+
+def test_what_the_judge_reads(editor, net):
+    "Before, after and the change in standard deviations over held-out people; a judge of one's own reads too"
+    move(editor, PC_2=2.)
+    rows = re.findall(r'<tr><td[^>]*>(.*?)</td><td>(.*?)</td><td>(.*?)</td>.*?</span>(.*?)</td></tr>', editor.frame.panel)
+    judge, people = load_judge('attributes'), held_out(128)
+    said, over = readings(judge, torch.stack(editor.frame.pictures[:2])), readings(judge, people)
+    assert len(rows) == 6 and rows[0][0] in ('yaw', 'dark eyes')
+    assert [abs(float(r[3])) for r in rows] == sorted((abs(float(r[3])) for r in rows), reverse=True)
+    for k, before, after, change in rows:
+        p, q = said[k.replace(' ', '_')].tolist()
+        assert abs(float(before) - p) < .006 and abs(float(after) - q) < .006
+        assert abs(float(change)) <= abs(q - p)/over[k.replace(' ', '_')].std() + .06 and float(change)*(q - p) >= 0
+    def redness(y): return y[:, 0].mean((1, 2))
+    l = move(LatentEditor(tiny(channels=3), pictures=torch.rand(1, 3, 16, 16), n_steps=1, judge=redness).wait(), PC_1=1.)
+    assert 'redness' in l.frame.panel
+
+
+def test_sweep_of_the_slider_moved_last(editor, net, ways):
+    move(editor, PC_3=1., PC_2=-1.)
+    shown = [pixels(o) for o in sources(editor.strip.value)]
+    s = sweep(net, edit(net, editor._done[1][0], {ways[2]: 1.}).w, ways[1])
+    assert len(shown) == 7 and all((a.int() - to_uint8(b[0].clamp(-1, 1)).int()).abs().max() <= 1 for a, b in zip(shown, s.images))
+    assert 'PC 2, in standard deviations' in editor.strip.value
+    at = [('aria-current' in o) for o in re.findall('<figure[^>]*>', editor.strip.value)]
+    assert at == [i == 2 for i in range(7)]
+    before = sources(editor.strip.value)
+    move(editor, PC_2=3.)                                   # the same strip, another mark
+    assert sources(editor.strip.value) == before and re.findall('<figure[^>]*>', editor.strip.value)[6] == '<figure aria-current=true>'
+
+
+def test_a_move_need_not_wait_for_the_sweep(net, ways):
+    "Of a sweep under way no more than the picture at hand is painted"
+    m = ReStyle(net.encoder, copy.deepcopy(net.generator), net.geometry)
+    l, drawn, gate = LatentEditor(m, pca(m, 4), held_out(1), judge=lambda y: y.mean((1, 2, 3))).wait(), [], threading.Event()
+    draw = m.generator.synthesize
+    def slow(w, **kw):
+        drawn.append(w)
+        if len(drawn) == 2: gate.wait(20)                   # the first picture of the sweep
+        return draw(w, **kw)
+    m.generator.synthesize = slow
+    l.sliders['PC 2'].value = 1.
+    patiently(lambda: len(drawn) == 2)
+    assert l.frame.text.startswith('PC 2 +1.0')             # the picture came before its sweep
+    l.sliders['PC 3'].value = 1.
+    gate.set()
+    l.wait()
+    assert len(drawn) == 2 + 1 + 7 and 'PC 3' in l.strip.value and l.frame.text.startswith('PC 2 +1.0, PC 3 +1.0')
+
+
+def test_kept_pictures(net, ways):
+    l = LatentEditor(net, ways)
+    assert l.wait().kept == []
+    move(l, PC_1=1.)
+    l.keep.click()
+    move(l, PC_1=-1.)
+    e = l.put_aside()
+    assert len(l.kept) == 2 and l.kept[1] is e and torch.equal(e.w, l.code) and not torch.equal(l.kept[0].w, e.w)
+    links = re.findall(r'<a download="([^"]+)" href="([^"]+)"', l.shelf.value)
+    assert [o for o, _ in links] == ['held-out 0, PC 1 +1.0 standard deviations.png', 'held-out 0, PC 1 -1.0 standard deviations.png']
+    assert torch.equal(pixels(links[1][1]), to_uint8(l.frame.pictures[1]))
+
+
+# ---------------------------------------------------------------- toons
+
+@pytest.fixture(scope='module')
+def toonifier(): return Toonifier().wait()
+
+
+def test_three_ways_to_a_toon(toonifier, net, faces):
+    "Bit by bit the inversions they are made of, and the true toon beside them"
+    toonifier.picture.value = 'held-out 2'
+    toonifier.wait()
+    toons, x = load_model('toons64-toonify'), faces[2:3]
+    swap, plain, booted = toonifier.toons.ways.values()
+    assert torch.equal(swap.codes, net.invert(x, 5).codes) and torch.equal(swap.images[3], toons.generator.synthesize(swap.codes[3]))
+    assert torch.equal(plain.codes, toons.invert(x, 5).codes) and torch.equal(booted.images, bootstrap(net, toons, x, 5).images)
+    for t in (0, 1, 5):
+        toonifier.step = t
+        shown = [pixels(o) for o in sources(toonifier.shown)]
+        want = [x[0], swap.images[t, 0], plain.images[t, 0], booted.images[t, 0], held_out(3, 'toons64')[2]]
+        assert all(torch.equal(a, to_uint8(b.clamp(-1, 1))) for a, b in zip(shown, want)) and len(shown) == 5
+    assert 'one latent space' in toonifier.verdict.value and 'restyle-error' not in toonifier.verdict.value
+    assert 'LPIPS C' in toonifier.shown and 'identity A' in toonifier.shown
+
+
+def test_layers_of_the_face_stay(toonifier, net, faces):
+    toonifier.picture.value = 'held-out 1'
+    toonifier.swap.value = 16
+    toonifier.wait()
+    want = toonify(net, load_model('toons64-toonify'), faces[1:2], 5, swap=16)
+    assert torch.allclose(toonifier.toons.ways['bootstrapped'].images, want.inversion.images, atol=1e-5)
+    assert 'layers below 16² of faces64' in toonifier.status
+    toonifier.swap.value = 4
+    assert 'layers below' not in toonifier.wait().status and toonifier._toon_model(4) is toonifier.second
+
+
+def test_a_toon_of_a_picture_of_ones_own(toonifier, faces):
+    "There is no true toon, and the table tells style in its place"
+    send(toonifier, 'me.png', png(faces[3])).wait()
+    assert toonifier.status.startswith('me.png: 5 steps') and len(sources(toonifier.shown)) == 4
+    assert 'style B' in toonifier.shown and 'LPIPS' not in toonifier.shown and len(toonifier.static().titles) == 4
+    send(toonifier, 'letter.txt', b'Dear reader').wait()
+    assert 'not a picture we can read' in toonifier.status and toonifier.picture.value == 'me.png'
+    toonifier.picture.value = 'held-out 0'
+    assert len(sources(toonifier.wait().shown)) == 5
+
+
+def test_two_latent_spaces_are_told(net, faces):
+    "The same generator with the numbers of its codes shuffled"
+    toons = load_model('toons64')
+    g, order = copy.deepcopy(toons.generator), torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    for m in g.modules():
+        if hasattr(m, 'affine'): m.affine.weight.data = m.affine.weight.data[:, order].clone()
+    t = Toonifier(net, ReStyle(toons.encoder, g, toons.geometry), faces[:1], 1).wait()
+    assert 'restyle-error' in t.verdict.value and 'Do not expect' in t.verdict.value
 
 
 # ---------------------------------------------------------------- uploads
@@ -354,7 +581,8 @@ def test_a_step_is_only_another_index(explorer):
 def test_editing_and_blending_keep_up():
     "From the slider's new value to the frame that is handed to the browser"
     l, b = LatentEditor().wait(), Blender().wait()
-    def edit(i): l.sliders['PC 1'].value = .1 + i/10; l.wait()
+    slider = next(iter(l.sliders.values()))
+    def edit(i): slider.value = .1 + i/10; l.wait()
     def swap(i): b.strength.value = i/10; b.wait()
     assert best_of(8, edit) < .1
     assert best_of(8, swap) < .15
@@ -454,15 +682,18 @@ def test_player_takes_all_kinds_of_pictures(faces, tmp_path):
     assert data(p.html)['frames'][1]['text'] == 'kind 1 of 4'
 
 
-def test_static_form_of_every_widget(explorer):
-    for w in (explorer, Comparison(), LatentEditor(), Blender()):
+def test_static_form_of_every_widget(explorer, toonifier):
+    for w in (explorer, Comparison(), LatentEditor(), Blender(), toonifier):
         bundle = w.wait()._repr_mimebundle_()
         assert {'application/vnd.jupyter.widget-view+json', 'text/html', 'text/plain'} <= set(bundle)
         page = Page(bundle['text/html'])
-        assert len(data(bundle['text/html'])['frames']) >= 2 and len(page.all('img')) == 3
-        assert len(bundle['text/html']) < 110_000
+        assert len(data(bundle['text/html'])['frames']) >= 2 and len(page.all('img')) == (5 if isinstance(w, Toonifier) else 3)
+        assert len(bundle['text/html']) < (180_000 if isinstance(w, Toonifier) else 110_000)
         assert w._repr_mimebundle_()['text/html'] == bundle['text/html']
-    assert [f['text'] for f in data(LatentEditor().wait()._repr_mimebundle_()['text/html'])['frames']][2].startswith('PC 1 +0.0')
+    l = LatentEditor().wait()
+    texts = [f['text'] for f in data(l._repr_mimebundle_()['text/html'])['frames']]
+    k = next(iter(l.sliders))
+    assert texts[3].startswith(f'{k} +0.0: the code itself') and texts[0].startswith(f'{k} -3.0') and texts[6].startswith(f'{k} +3.0')
 
 
 def test_static_form_follows_the_sliders():

@@ -52,7 +52,7 @@ def try_it(wheel: Path, into: Path):
     Path(target, 'borrowed.pth').write_text('\n'.join(site.getsitepackages()) + '\n')
     clean = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
     run(python, '-c', f'import {PACKAGE}, sys; f={PACKAGE}.__file__; assert f.startswith(sys.prefix), f', cwd='/', env=clean)
-    for command, word in dict(restyle_demo='--out', restyle_invert='--out', restyle_models='usage').items():
+    for command, word in dict(restyle_demo='--out', restyle_invert='--out', restyle_edit='--edit', restyle_models='usage').items():
         out = run(env/'bin'/command, '--help', cwd='/', env=clean, capture_output=True, text=True).stdout
         assert word in out, f'{command} --help says nothing of {word}:\n{out}'
     print('installed from the wheel: imports, and its commands start')
