@@ -17,7 +17,7 @@ from .checkpoints import read_generator, save_generator
 from .editing import fingerprint
 from .gan import FeatureCritic, GanTrainer, alexnet_features, frechet
 from .generator import Generator
-from .images import atomic_write, show_row, grid, to_float
+from .images import atomic_write, grid, to_float
 from .losses import LPIPS, Objective
 from .restyle import Inversion, ReStyle, bootstrap
 from .training import TrainingError
