@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'Team', 'PictureNoise', 'SyncNorm', 'set_norms', 'agree_on_norms', 'polite']
 
 # %% ../nbs/06a_machines.ipynb #5666f67f
-import atexit, os, signal, threading, time
+import atexit, importlib, os, signal, threading, time
 from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
@@ -27,6 +27,7 @@ class Team:
         if int(os.environ.get('WORLD_SIZE') or 1) < 2 and not (torch.distributed.is_available() and torch.distributed.is_initialized()): return cls()
         try: from accelerate import PartialState
         except ImportError: raise ImportError("several processes need accelerate: pip install 'restyle_nb[train]'") from None
+        importlib.import_module('torch.distributed.nn.functional') # before there is a group: it keeps the one it finds for ever, and a group that outlives Python may abort
         s = PartialState(cpu=not torch.cuda.is_available())
         atexit.register(s.destroy_process_group)
         return cls(s.process_index, s.num_processes, s.device)
@@ -104,11 +105,22 @@ class PictureNoise:
         return torch.Generator(self.device).manual_seed(seed)
 
 # %% ../nbs/06a_machines.ipynb #4ec3ebdf
+class _Sum(torch.autograd.Function):
+    "Sum over all processes; so is its gradient"
+    @staticmethod
+    def forward(ctx, t):
+        t = t.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(t)
+        return t
+
+    @staticmethod
+    def backward(ctx, grad): return _Sum.apply(grad)
+
 class SyncNorm(nn.BatchNorm2d):
     "BatchNorm over the pictures of all processes, on any device (PyTorch's own needs CUDA). Each process must bring equally many."
     def forward(self, x):
         if not self.training: return super().forward(x)
-        everybody = lambda s: torch.distributed.nn.functional.all_reduce(s)/torch.distributed.get_world_size()
+        everybody = lambda s: _Sum.apply(s)/torch.distributed.get_world_size()
         column = lambda s: s.to(x.dtype)[:, None, None]
         h = x.float()
         mean = everybody(h.mean((0, 2, 3)))

@@ -190,3 +190,25 @@ def test_batches_that_cannot_be_shared_are_refused(processes):
     _, codes = processes.start(2, batch_size=7)
     assert codes == [256, 256]
     assert 'TrainingError: batch_size: a batch of 7 pictures cannot be cut into 2 equal parts; take 8' in processes.said()
+
+SHORT = '''
+import os, sys
+sys.path.insert(0, {here!r})
+import test_processes
+from accelerate import PartialState
+t = test_processes.trainer(batchnorm='sync')
+t.fit(2, progress=False)
+PartialState().destroy_process_group()                # what Team.find leaves to the end of Python
+print(sorted({{open(f'/proc/self/task/{{o}}/comm').read().strip() for o in os.listdir('/proc/self/task')}}))
+'''
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='looks at the threads in /proc')
+def test_the_group_ends_before_python(tmp_path):
+    "Nobody may keep the group: a thread of it that drops a tensor while Python ends aborts the process"
+    pytest.importorskip('accelerate')
+    (tmp_path/'short.py').write_text(SHORT.format(here=HERE))
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'short.py')],
+                       capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    assert p.returncode == 0, p.stderr[-4000:]
+    assert len(p.stdout.splitlines()) == 2 and 'gloo' not in p.stdout, p.stdout
+    assert 'deprecated' not in p.stderr
