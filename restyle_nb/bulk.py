@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .datasets import PATIENCE, ShardError, Shards
-from .images import SUFFIXES, ImageError, atomic_write, fit_to, load_image, make_folder, to_float, to_pil
+from .images import SUFFIXES, ImageError, atomic_write, fit_to, load_image, make_folder, to_float, to_pil, to_uint8
 from .machines import Team
 from .metrics import Table, _higher, _images, default_metrics, score
 from .restyle import ReStyle, Step, _channels, evaluating
@@ -289,16 +289,23 @@ def _whole(out, k, key): return (m := _meta(_place(out, k))).get('key') == key a
 def _album(out, k, wanted):
     "Function that adds pictures to the archive of shard k; the archive is there when the block ends well"
     if not wanted: return (yield lambda *_: None)
-    with _written(_place(out, k, 'images', '.tar')) as tmp, tarfile.open(tmp, 'w') as tar:
-        def add(numbers, names, y, ok):
-            for i, name, o in zip(numbers, names, y.cpu()[ok]):
-                with io.BytesIO() as f:
-                    to_pil(o).save(f, 'PNG', compress_level=1)
-                    info = tarfile.TarInfo(f'{i:08d}_{_stem(name)}.png')
-                    info.size = f.tell()
-                    f.seek(0)
-                    tar.addfile(info, f)
+    waiting = deque()
+    def write(n): # the oldest `n`
+        for name, png in [waiting.popleft() for _ in range(n)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(png.result())
+            tar.addfile(info, io.BytesIO(png.result()))
+    with _written(_place(out, k, 'images', '.tar')) as tmp, tarfile.open(tmp, 'w') as tar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        def add(numbers, names, y, ok): # they are packed while the next batch is inverted
+            write(len(waiting))
+            waiting.extend((f'{i:08d}_{_stem(name)}.png', pool.submit(_png, o)) for i, name, o in zip(numbers, names, to_uint8(y).cpu()[ok]))
         yield add
+        write(len(waiting))
+
+def _png(o):
+    with io.BytesIO() as f:
+        to_pil(o).save(f, 'PNG', compress_level=1)
+        return f.getvalue()
 
 def _stem(name): return ''.join(c if c.isalnum() or c in '-_' else '_' for c in Path(name).stem)[:80]
 
@@ -401,6 +408,7 @@ def invert_all(
     on_error='skip',      # A bad picture: 'skip' (all are listed in bad.json), 'raise', or a function called with (name, error)
     recursive:bool=False, # Look into folders inside the folder too?
     progress=None,        # None: a bar if stderr is a terminal; True: elsewhere a line a minute; False: silence; or a function of (done, all)
+    fast:bool=False,      # With every shortcut of `ReStyle.fast`: the same codes to rounding
 ):                        # `Codes`
     "Codes of any number of pictures, in their order. Killed anywhere and called again, it goes on. BulkError says what differs or is missing."
     team, out = team or Team.find(), Path(out)
@@ -413,6 +421,7 @@ def invert_all(
         m = _read_json(out/'manifest.json')
         source = _listing(out, m['folder']) if m['folder'] else _source(pictures)
         missing = _missing(out, m, team)
+        if fast and missing: net = _fast(net)
         _work(net, source, out, m, missing[team.rank::team.size], batch_size, workers, on_error, progress if team.main else False)
         for k in missing:
             while not _place(out, k).exists(): time.sleep(.2)
@@ -420,6 +429,10 @@ def invert_all(
     return Codes(out)
 
 # %% ../nbs/08a_bulk.ipynb #1dd0d7aa
+def _fast(net):
+    import restyle_nb.fast
+    return net.fast()
+
 def _check(net, settings, batch_size, on_error):
     for k, allowed in dict(keep=KEEP, dtype=tuple(_bytes)).items():
         if settings[k] not in allowed: raise BulkError(f'{k} must be one of {", ".join(allowed)}, got {settings[k]!r}')

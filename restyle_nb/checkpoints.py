@@ -792,7 +792,7 @@ def publish_restyle(
     e, g = net.encoder, net.generator
     if e.config['trunk'] not in ('irse50', 'resnet34'): raise ValueError('published code knows the trunks irse50 and resnet34 only')
     if e.folded: raise ValueError('a folded encoder has lost its norms; publish the one it was made from')
-    names = [k for k, v in ENCODERS.items() if v == e.config['head']]
+    names = [k for k, v in ENCODERS.items() if v == e.config['head'].replace('shared_', '').replace('shared', 'simple')]
     found, absolute = e.state_dict(), not net.refines and not net.latent_avg.any()
     state = _under('encoder.', _below('trunk.', found) | unstack_head(found)) | _under('decoder.', publish_generator(g)['g_ema'])
     cars = net.geometry.box is not None and net.geometry == published_geometry(g, e, dict(dataset_type='cars_encode'))

@@ -6,7 +6,8 @@
 __all__ = ['SINGLES', 'KINDS', 'ALWAYS', 'Refused', 'one_line', 'complain', 'contact_sheet', 'peak_memory', 'demo', 'show_report',
            'restyle_demo', 'find_pictures', 'result_names', 'domain_limit', 'invert_file', 'invert_files',
            'invert_bulk', 'restyle_invert', 'read_edit', 'read_layers', 'find_directions', 'edit_file', 'edit_files',
-           'restyle_edit', 'restyle_train', 'evaluate_models', 'restyle_evaluate', 'restyle_models']
+           'restyle_edit', 'restyle_train', 'evaluate_models', 'restyle_evaluate', 'restyle_bench', 'restyle_export',
+           'restyle_models']
 
 # %% ../nbs/16_cli.ipynb #292ef69c
 import os
@@ -86,6 +87,10 @@ def _model(name, device, generator=None):
         return load_model(name, _device(device), generator)
     except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as e:
         raise Refused(f'model {name!r} on device {device!r}: {e.args[0] if isinstance(e, KeyError) else e}') from None
+
+def _fast(net):
+    import restyle_nb.fast
+    return net.fast()
 
 def _check_steps(net, model, n):
     if n>1 and not net.refines: raise Refused(f'model {model!r}: a single-pass model; give --steps 1')
@@ -335,6 +340,7 @@ def invert_files(
     say=print,         # Called with one line for each picture done
     bad=print,         # Called with one line for each picture that could not be done
     generator=None,    # Name in the zoo, or a file, for a model that holds only an encoder
+    fast=True,         # With the shortcuts of `ReStyle.fast`: the same numbers to rounding
 ):                     # What `metrics.json` holds, and the number of complaints
     "Invert pictures; a bad one costs a line, never the others"
     from tqdm import tqdm
@@ -346,6 +352,7 @@ def invert_files(
     if not files: return dict(n_images=0, pictures=[]),len(lines)
     net,done,scores,wrong = _model(model, device, generator),[],[],len(lines)
     _check_steps(net, model, n_steps)
+    if fast: net = _fast(net)
     limit = domain_limit(net, held_out(name=_domain(model))[:64], n_steps) if model in _model_names() else None
     for f,names in tqdm(list(zip(files, result_names(files, out))), disable=None if len(files)>8 else True, unit='picture', file=sys.stderr):
         try: record,s = invert_file(net, f, names, n_steps, tol)
@@ -377,7 +384,7 @@ def invert_bulk(
     generator=None,    # Name in the zoo, or a file, for a model that holds only an encoder
     parquet=None,      # File to write a table of all codes to
     recursive=False,   # Folders inside the folder too?
-    **how,             # Further arguments of `invert_all`: shard, keep, dtype, batch_size, workers, images
+    **how,             # Further arguments of `invert_all`: shard, keep, dtype, batch_size, workers, images, fast
 ):                     # `Codes`
     "Codes of any number of pictures; called again after a kill it goes on."
     from restyle_nb.bulk import invert_all
@@ -396,7 +403,7 @@ def _many(paths, net):
     if bad: raise Refused(bad[0])
     return files
 
-# %% ../nbs/16_cli.ipynb #dc103d33
+# %% ../nbs/16_cli.ipynb #c73e7730
 def _model_words(p, default='faces64'):
     p.add_argument('--model', default=default, help='name in the zoo (restyle_models lists them), a file, or the folder of a run (default: %(default)s)')
     _common_words(p)
@@ -427,6 +434,7 @@ def restyle_invert(
     p.add_argument('--out', required=True, metavar='DIR', help='folder for the results')
     p.add_argument('--steps', type=_count, help='passes of the encoder (default: 5; with --bulk as many as it was trained for)')
     p.add_argument('--tol', type=float, help='stop early once a step moves the code by less than this')
+    p.add_argument('--plain', action='store_true', help='without the shortcuts of chapter 03b: slower, the same numbers to rounding')
     _model_words(p)
     _bulk_words(p)
     a = p.parse_args(argv)
@@ -434,13 +442,13 @@ def restyle_invert(
     return _guard('restyle_invert', lambda: _bulk(a) if a.bulk else _few(a), 'what was finished is kept'+', and the same command goes on from there'*a.bulk)
 
 def _few(a):
-    report,wrong = invert_files(a.paths, a.out, a.steps or 5, a.model, a.device, a.tol, bad=lambda l: complain('restyle_invert', l), generator=a.generator)
+    report,wrong = invert_files(a.paths, a.out, a.steps or 5, a.model, a.device, a.tol, bad=lambda l: complain('restyle_invert', l), generator=a.generator, fast=not a.plain)
     print(f'{one_line(a.out)}: {report["n_images"]} done, {wrong} not')
     return 2 if wrong else 0
 
 def _bulk(a):
     how = {k: getattr(a, k) for k in ('shard', 'keep', 'dtype', 'batch_size', 'workers', 'images')}
-    codes = invert_bulk(a.paths, a.out, a.steps, a.model, a.device, a.generator, a.parquet, a.recursive, **how)
+    codes = invert_bulk(a.paths, a.out, a.steps, a.model, a.device, a.generator, a.parquet, a.recursive, fast=not a.plain, **how)
     if not _first(): return 0
     bad = codes.bad
     for o in bad[:20]: complain('restyle_invert', f'{o["name"]}: {o["why"]}')
@@ -479,7 +487,7 @@ def find_directions(
     sets = [read_directions(s) if Path(s).suffix or Path(s).exists() else load_directions(s) for s in sources or [getattr(generator, 'name', 'unnamed')]]
     return {k:d for o in sets for k,d in o.items()}
 
-# %% ../nbs/16_cli.ipynb #fca576c9
+# %% ../nbs/16_cli.ipynb #7b968c65
 def _moves(edits, generator, directions, layers, allow):
     "Pairs (direction, strengths), all checked before anything is painted"
     from difflib import get_close_matches
@@ -527,7 +535,7 @@ def edit_file(
     for k,(ys,titles) in strips.items(): save_image(_strip([net.geometry.crop(y) for y in ys], inv.x, ['input']+titles), names[k])
     return dict(file=one_line(path), l2=round(inv.errors[-1].item(), 6), files=[p.name for p in names.values()])
 
-# %% ../nbs/16_cli.ipynb #1b0c8834
+# %% ../nbs/16_cli.ipynb #c759eb1e
 def edit_files(
     paths,             # Files and folders
     edits,             # Pairs (name of a direction, strengths), as `read_edit` makes them
@@ -559,7 +567,7 @@ def edit_files(
     _write_json(out/'edits.json', report)
     return report,wrong
 
-# %% ../nbs/16_cli.ipynb #86e714ea
+# %% ../nbs/16_cli.ipynb #29b38b40
 def restyle_edit(
     argv=None,     # Words of the command line; those of the process if None
 ):                 # Exit code: 0, or 2 if anything could not be done
@@ -752,6 +760,110 @@ def _show_tables(tables, out=None):
         for d in ds.values(): print(f'  {d}')
     if out: _write_json(Path(out), dict(models={one_line(k): [_rounded(r) for r in t] for k, t in tables.items()},
                                         against={k: {m: _rounded(d._asdict()) for m, d in ds.items()} for k, ds in same.items()}, **_facts('auto')))
+
+# %% ../nbs/16_cli.ipynb #c4f43a9b
+def _bench_words():
+    p = argparse.ArgumentParser('restyle_bench', description='Measure the forms of a model against the published algorithm, in one run, and print a table: seconds, ratio with quartiles, memory, share of what the machine can do.')
+    p.add_argument('--models', nargs='+', default=['embedded'], metavar='NAME', help="'embedded' (default), a name in the zoo, or trunk and side of a generator with random weights: irse50-256, resnet34-1024")
+    p.add_argument('--batch', nargs='+', type=_count, default=[1, 8], metavar='N', help='pictures at a time (default: 1 8)')
+    p.add_argument('--steps', type=_count, default=5, help='refinement steps (default: 5)')
+    p.add_argument('--what', nargs='+', default=['inference', 'training', 'growth'], choices=('inference', 'training', 'growth'), help='what is measured (default: all three)')
+    p.add_argument('--shapes', nargs='+', metavar='MODEL:BATCH[:training]', help='exactly these, instead of --models, --batch and --what')
+    p.add_argument('--forms', nargs='+', default=['plain', 'net', 'fast'], metavar='FORM', help="what is compared with the first of them; 'ladder': every shortcut in turn; also seen, stop, bf16, compile, tf32, graphs (default: plain net fast)")
+    p.add_argument('--rounds', type=_count, default=9, help='rounds, at most (default: 9)')
+    p.add_argument('--sizes', nargs='+', type=_count, default=[64, 128, 256], metavar='N', help='sides of the generator where growth is measured for a trunk (default: 64 128 256)')
+    p.add_argument('--seconds', type=float, default=20, help='for each shape; two rounds are done at least (default: 20)')
+    p.add_argument('--threads', type=_count, metavar='N', help="of each process (default: the machine's)")
+    p.add_argument('--device', default='cpu', help='auto, cpu or cuda (default: cpu)')
+    p.add_argument('--out', metavar='FILE', help='also write the numbers, as JSON')
+    p.add_argument('--append', action='store_true', help='keep what FILE holds of other shapes')
+    p.add_argument('--figure', metavar='FILE', help='also draw them')
+    return p
+
+# %% ../nbs/16_cli.ipynb #89624de4
+def _bench_shapes(a):
+    from restyle_nb.bench import Shape
+    name = lambda m: 'faces64' if m == 'embedded' else m
+    if a.shapes is None:
+        batches = {'inference': a.batch, 'training': [4] if a.batch == [1, 8] else a.batch}
+        return [Shape(name(m), b, a.steps, w) for m in a.models for w in a.what if w in batches for b in batches[w]]
+    out = []
+    for text in a.shapes:
+        m = re.fullmatch(r'([^:]+):([1-9][0-9]*)(?::(training|inference))?', text)
+        if not m: raise Refused(f'--shapes {text}: expected MODEL:BATCH or MODEL:BATCH:training, such as irse50-256:8')
+        out.append(Shape(name(m[1]), int(m[2]), a.steps, m[3] or 'inference'))
+    return out
+
+def _draw_bench(b, path):
+    import matplotlib.pyplot as plt
+    from restyle_nb.images import atomic_write
+    with plt.ioff():
+        for i, ax in enumerate([b.plot(w) for w in ('inference', 'training') if any(s.what == w for s in b.shapes)] + ([b.plot_growth()] if b.growth else [])):
+            with atomic_write(path if not i else path.with_stem(f'{path.stem}-{i + 1}')) as tmp: ax[0].figure.savefig(tmp, format=path.suffix[1:] or 'png', dpi=100)
+            plt.close(ax[0].figure)
+
+# %% ../nbs/16_cli.ipynb #f9c34b54
+def restyle_bench(
+    argv=None,     # Words of the command line; those of the process if None
+):                 # Exit code: 0, or 2 after one line on stderr
+    "The command `restyle_bench`: how fast each form of a model is, on this machine"
+    a = _bench_words().parse_args(argv)
+    def work():
+        from restyle_nb.bench import Bench, bench, check, growth
+        from restyle_nb.restyle import pick_device
+        try: device = str(pick_device(a.device))
+        except ValueError as e: raise Refused(f'--device: {e}') from None
+        if a.append and not a.out: raise Refused('--append: to which file? give --out FILE')
+        shapes = _bench_shapes(a)
+        old = Bench.load(a.out) if a.append and Path(a.out).exists() else None
+        kw = dict(device=device, threads=a.threads, rounds=a.rounds, budget=a.seconds, told=lambda line: print(line, file=sys.stderr, flush=True))
+        b = bench([], a.forms, **kw)
+        def keep(more):
+            nonlocal b
+            b = b + more
+            if a.out: (old + b if old else b).save(a.out)
+        for s in shapes: check(a.forms, s)
+        for s in shapes: keep(bench(s, a.forms, **kw))
+        if a.shapes is None and 'growth' in a.what:
+            for m in a.models: keep(growth('faces64' if m == 'embedded' else m, a.forms[:1] + a.forms[-1:], sizes=a.sizes, **kw))
+        print(b)
+        for m in dict.fromkeys(r['model'] for r in b.growth):
+            for f in dict.fromkeys(r['form'] for r in b.growth): print(f'{m}, {f}, a further step: {b.line(f, model=m)}')
+        if a.figure: _draw_bench(old + b if old else b, Path(a.figure))
+        return 0
+    return _guard('restyle_bench', work)
+
+# %% ../nbs/16_cli.ipynb #e8c14a86
+def _export(a):
+    from restyle_nb import deploy
+    net = _model(a.model, a.device, a.generator)
+    if a.what != 'step': _check_steps(net, a.model, a.steps or 1)
+    if a.out.endswith('.safetensors'): path, said = deploy.save_inference(net, a.out, a.dtype), 'encoder, generator and average'
+    else:
+        path = deploy.export_onnx(net, a.out, a.what or 'loop', a.steps, a.dtype, a.batch, a.every)
+        worst = max(deploy.check_onnx(path, net).values())
+        said = f'{"a step" if a.what == "step" else "the loop"}, differs from the model by at most {worst:.0e} of the spread'
+    print(f'{one_line(path)}: {said}, {sum(p.stat().st_size for p in path.parent.glob(path.name+"*"))/2**20:.1f} MiB')
+    return 0
+
+# %% ../nbs/16_cli.ipynb #3b632c73
+def restyle_export(
+    argv=None,     # Words of the command line; those of the process if None
+):                 # Exit code: 0, or 2 after one line on stderr
+    "The command `restyle_export`: a model as a file for onnxruntime, or for inference"
+    p = argparse.ArgumentParser('restyle_export', description='Write a model down: one step or the whole loop as ONNX, checked beside the model; or all that inference needs as safetensors.')
+    p.add_argument('out', metavar='FILE', help='.onnx: for onnxruntime; .safetensors: for --model of these commands')
+    p.add_argument('--what', choices=('loop', 'step'), help='ONNX: x to (w, y), or (x, w, y) to the next (default: loop)')
+    p.add_argument('--steps', type=_count, help='ONNX: of the loop (default: as many as it was trained for)')
+    p.add_argument('--batch', type=_count, metavar='N', help='ONNX: pictures at a time (default: any number)')
+    p.add_argument('--every', action='store_true', help="ONNX: the loop gives every step's codes as well")
+    p.add_argument('--dtype', choices=('float32', 'float16'), default='float32', help='of the large weights in the file (default: %(default)s)')
+    _model_words(p)
+    a = p.parse_args(argv)
+    if not a.out.endswith(('.onnx', '.safetensors')): p.error(f'{a.out}: the name must end in .onnx or .safetensors')
+    if a.out.endswith('.safetensors') and (a.what or a.steps or a.batch or a.every): p.error('--what, --steps, --batch and --every belong to .onnx; leave them out')
+    if a.what == 'step' and (a.steps or a.every): p.error('--steps and --every belong to the loop; leave them out')
+    return _guard('restyle_export', lambda: _export(a))
 
 # %% ../nbs/16_cli.ipynb #f1661d34
 def restyle_models(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IR_UNITS', 'TRUNKS', 'HEADS', 'EXTRA', 'Head', 'SimpleHead', 'Trunk', 'Compact', 'IRSE50', 'ResNet34', 'fpn_groups',
-           'FPNHead', 'ProgressiveHead', 'ProgressiveFPNHead', 'Encoder', 'build_encoder', 'trunk_names', 'init_trunk',
-           'imagenet_trunk', 'stack_head', 'unstack_head']
+           'FPNHead', 'ProgressiveHead', 'ProgressiveFPNHead', 'SharedHead', 'ProgressiveSharedHead', 'Encoder',
+           'build_encoder', 'trunk_names', 'init_trunk', 'imagenet_trunk', 'stack_head', 'unstack_head']
 
 # %% ../nbs/02_encoders.ipynb #af6bb129
 import copy, inspect, math, operator, re
@@ -36,7 +36,7 @@ class _Linear(nn.Module):
 
 def _upto(n, *ts): return ts if n==len(ts[0]) else tuple(t[:n] for t in ts)
 
-# %% ../nbs/02_encoders.ipynb #c0a4376b
+# %% ../nbs/02_encoders.ipynb #f9028bf9
 class Head(nn.Module):
     "Base of the heads, which give `n_styles`, `style_dim`, `config`"
     taps = 'last'  # What it reads: the trunk's 'last' map, or its 'pyramid' of three
@@ -49,7 +49,7 @@ class Head(nn.Module):
     @stage.setter
     def stage(self, i):
         if i is not None:
-            if not self.stages: raise ValueError(f'stage: {type(self).__name__} has no stages; build the encoder with head="progressive" or "fpn_progressive"')
+            if not self.stages: raise ValueError(f'stage: {type(self).__name__} has no stages; build the encoder with head="progressive", "fpn_progressive" or "shared_progressive"')
             i = operator.index(i)
             if not 0<=i<self.n_styles: raise ValueError(f'stage: {i}, expected 0 (one code for all styles) to {self.n_styles-1}, or None for all')
         self._stage = i
@@ -57,7 +57,7 @@ class Head(nn.Module):
     @property
     def active(self): return self.n_styles if self.stage is None else self.stage+1
 
-# %% ../nbs/02_encoders.ipynb #fe0b187b
+# %% ../nbs/02_encoders.ipynb #d02ed2ea
 class SimpleHead(Head):
     "`k` map2style blocks on the last feature map (§4.1, Fig. 3, App. A.1): (B,in_channels,h,w) to (B,n_styles,style_dim)"
     def __init__(self,
@@ -72,20 +72,27 @@ class SimpleHead(Head):
         self.spatial = (spatial,)*2 if isinstance(spatial, int) else tuple(spatial)
         self.n_styles,self.style_dim,self.width = n_styles,style_dim,width or style_dim
         n = max(1, math.ceil(math.log2(max(self.spatial))))
-        self.convs = _Convs(n, n_styles, in_channels, self.width)
+        self.convs = _Convs(n, len(self.stacks(n_styles)), in_channels, self.width)
         self.linear = _Linear(n_styles, self.width, style_dim, gain)
         self.config = dict(n_styles=n_styles, style_dim=style_dim, spatial=list(self.spatial), width=self.width)
 
+    @staticmethod
+    def stacks(n): return [range(j, j+1) for j in range(n)] # which styles read from which stack of convolutions: each from its own
+
     def forward(self, f, n=None): # (b,c,h,w); the first n styles, None for all
         n,conv = n or self.n_styles,_narrow if self.width<=128 else _wide
+        stacks = self.stacks(n)
         for i,c in enumerate(self.convs):
-            f = F.leaky_relu(conv(f, *_upto(n*self.width, c.weight, c.bias), n, i==0), .01)
+            f = F.leaky_relu(conv(f, *_upto(len(stacks)*self.width, c.weight, c.bias), len(stacks), i==0), .01)
         if f.shape[-2:]!=(1,1):
             raise ValueError(f'SimpleHead: {len(self.convs)} halvings leave a {f.shape[-2]}x{f.shape[-1]} map, expected 1x1; '
                 f'it was built for maps up to {self.spatial}: build it for your picture (`input_size=`), or resize the picture')
-        return self.linear(f.view(len(f), n, self.width)) # (b,n,d)
+        f = f.view(f.shape[0], len(stacks), self.width)
+        if len(stacks)<n: f = torch.cat([f[:,g:g+1].expand(-1, len(js), -1) for g,js in enumerate(stacks)], 1)
+        return self.linear(f) # (b,n,d)
 
-# %% ../nbs/02_encoders.ipynb #381cb415
+# %% ../nbs/02_encoders.ipynb #bf8ab747
+def _exporting(): return getattr(torch.compiler, 'is_exporting', lambda: False)() # then no choice may depend on the batch
 def _narrow(x, w, b, k, shared): return F.conv2d(x, w, b, stride=2, padding=1, groups=1 if shared else k)
 
 def _batched(x, w, b, k):
@@ -99,22 +106,22 @@ def _batched(x, w, b, k):
 def _wide(x, w, b, k, shared):
     "A convolution of `k` wide blocks, in the form that suits the device and the number of pixels written"
     (n,_,h,v),cpu = x.shape,x.device.type=='cpu'
-    if shared and not cpu: return _narrow(x, w, b, k, True)
+    if _exporting() or shared and not cpu: return _narrow(x, w, b, k, shared)
     if not shared and n*((h+1)//2)*((v+1)//2)<=(32 if cpu else 1024): return _batched(x, w, b, k)
     xs = [x]*k if shared else x.chunk(k, 1)
     return torch.cat([_narrow(*xwb, k, True) for xwb in zip(xs, w.chunk(k), b.chunk(k))], 1)
 
-# %% ../nbs/02_encoders.ipynb #61a7503c
+# %% ../nbs/02_encoders.ipynb #aaf87406
 @patch
 def plain(self:SimpleHead,
     f:torch.Tensor, # Feature map (B,in_channels,h,w)
 )->torch.Tensor:    # Codes (B,n_styles,style_dim)
     "The same head, one block after the other: what `forward` must equal"
     codes = []
-    for j in range(self.n_styles):
-        h,mine = f,slice(j*self.width, (j+1)*self.width)
+    for g,js in enumerate(self.stacks(self.n_styles)):
+        h,mine = f,slice(g*self.width, (g+1)*self.width)
         for c in self.convs: h = F.leaky_relu(F.conv2d(h, c.weight[mine], c.bias[mine], stride=2, padding=1), .01)
-        codes.append(F.linear(h.flatten(1), self.linear.weight[j]*self.linear.scale, self.linear.bias[j]))
+        codes += [F.linear(h.flatten(1), self.linear.weight[j]*self.linear.scale, self.linear.bias[j]) for j in js]
     return torch.stack(codes, 1)
 
 # %% ../nbs/02_encoders.ipynb #84143314
@@ -215,7 +222,7 @@ class IRSE50(Trunk):
 
 IR_UNITS = {50:(3,4,14,3), 100:(3,13,30,3)} # layers: units with 64, 128, 256 and 512 channels
 
-# %% ../nbs/02_encoders.ipynb #5e1f07aa
+# %% ../nbs/02_encoders.ipynb #1ef40db6
 class _ResUnit(nn.Module):
     "Two convolutions, each with BN, and a shortcut around both"
     def __init__(self, c_in, c, stride):
@@ -228,7 +235,7 @@ class _ResUnit(nn.Module):
         h = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(h))+self.downsample(x))
 
-# %% ../nbs/02_encoders.ipynb #6a0095de
+# %% ../nbs/02_encoders.ipynb #597cf02e
 class ResNet34(Trunk):
     "The ResNet34 trunk of ReStyle's other domains: (B,in_channels,H,W) to (B,512,H/16,W/16); published tensor names"
     def __init__(self,
@@ -253,7 +260,7 @@ def fpn_groups(n):
 
 def _up(f, c): return F.interpolate(f, size=c.shape[-2:], mode='bilinear', align_corners=True)
 
-# %% ../nbs/02_encoders.ipynb #ff346192
+# %% ../nbs/02_encoders.ipynb #dc2b5bd4
 class FPNHead(Head):
     "map2style blocks on a feature pyramid (pSp; here §4.1, App. A.1): maps (c1, c2, c3), large to small, to (B,n_styles,style_dim)"
     taps = 'pyramid'
@@ -282,7 +289,7 @@ class FPNHead(Head):
         codes = torch.cat(codes, 1) # (b,n,d)
         return _spread(codes, self.n_styles) if self.stages else codes
 
-# %% ../nbs/02_encoders.ipynb #2f7832fd
+# %% ../nbs/02_encoders.ipynb #743b74d0
 def _spread(codes, k): # (b,n,d), a code and n-1 deviations, to (b,k,d)
     w = codes[:,:1]
     return torch.cat([w, w+F.pad(codes[:,1:], (0,0,0,k-codes.shape[1]))], 1)
@@ -295,6 +302,15 @@ class ProgressiveHead(SimpleHead):
 class ProgressiveFPNHead(FPNHead):
     "The same, read from the pyramid, as in the original e4e: maps (c1, c2, c3) to (B,n_styles,style_dim)"
     stages = True
+
+# %% ../nbs/02_encoders.ipynb #ca0d35c9
+class SharedHead(SimpleHead):
+    "Coarse, medium and fine styles share the convolutions of their kind: (B,in_channels,h,w) to (B,n_styles,style_dim); ours"
+    stacks = staticmethod(fpn_groups)
+
+class ProgressiveSharedHead(ProgressiveHead):
+    "The same with one code and deviations up to `stage`: (B,in_channels,h,w) to (B,n_styles,style_dim); ours"
+    stacks = staticmethod(fpn_groups)
 
 # %% ../nbs/02_encoders.ipynb #4b64597d
 def _one_by_one(head, codes): # the definition of the progressive heads
@@ -318,7 +334,7 @@ def plain(self:FPNHead,
     p1 = _up(p2, c1)+self.latlayer2(c1)
     return _one_by_one(self, torch.cat([h.plain(p) for h,p in zip(self.groups, (c3,p2,p1))], 1))
 
-# %% ../nbs/02_encoders.ipynb #a5e53089
+# %% ../nbs/02_encoders.ipynb #b7ecba02
 class Encoder(nn.Module):
     "Trunk and head: pictures (B,C,H,W) in [-1,1] to a residual code (B,n_styles,style_dim)"
     def __init__(self,
@@ -335,7 +351,7 @@ class Encoder(nn.Module):
         if y is not None:
             if y.shape[-2:]!=x.shape[-2:]: raise ValueError(f'Encoder: x is {tuple(x.shape)} and y is {tuple(y.shape)}, expected one size; '
                 'bring y to the input size first (`Geometry.feed`)')
-            x = torch.cat([x, y.expand(len(x), -1, -1, -1)], 1)
+            x = torch.cat([x, y.expand(x.shape[0], -1, -1, -1)], 1)
         if x.shape[1]!=self.in_channels: raise ValueError(f'Encoder: {x.shape[1]} channels in, expected {self.in_channels}; '
             + ('give the reconstruction too: encoder(x, y)' if y is None else 'build it with image_channels= that of your pictures'))
         return self.read(self.trunk.first(x))
@@ -348,9 +364,10 @@ class Encoder(nn.Module):
     @stage.setter
     def stage(self, i): self.head.stage = i
 
-# %% ../nbs/02_encoders.ipynb #28486e73
+# %% ../nbs/02_encoders.ipynb #d212d277
 TRUNKS = dict(irse50=IRSE50, resnet34=ResNet34, compact=Compact) # name to class; add your own
-HEADS = dict(simple=SimpleHead, fpn=FPNHead, progressive=ProgressiveHead, fpn_progressive=ProgressiveFPNHead)
+HEADS = dict(simple=SimpleHead, fpn=FPNHead, progressive=ProgressiveHead, fpn_progressive=ProgressiveFPNHead, shared=SharedHead,
+             shared_progressive=ProgressiveSharedHead)
 
 def _name_of(table, obj): return next((k for k,v in table.items() if type(obj) is v), type(obj).__name__)
 
@@ -529,11 +546,12 @@ def _alike(state, names):
             raise ValueError(f'stack_head: {k} is {found or "missing"}, expected {like or "it in the file of an FPN encoder"}'
                 + (' as in the other blocks; blocks of unequal depth belong to an FPN head, else the file is incomplete' if like else ''))
 
-# %% ../nbs/02_encoders.ipynb #9ac08294
+# %% ../nbs/02_encoders.ipynb #35914756
 def _stack_plan(state, prefix, head):
-    "{tensor of the head: [published tensors that make it]}, all checked"
+    "{tensor of the head: [published tensors that make one stack of it, one for each style that reads it]}, all checked"
     if head not in HEADS: raise ValueError(f'stack_head: no head {head!r}; there are {", ".join(HEADS)}')
     blocks,fpn,plan = _blocks_of(state, prefix),HEADS[head].taps=='pyramid',{}
+    stacks = getattr(HEADS[head], 'stacks', SimpleHead.stacks)
     for g,js in enumerate(fpn_groups(len(blocks)) if fpn else [range(len(blocks))]):
         rests = dict.fromkeys(r for j in js for r in blocks[j])
         n = sum(r.startswith('convs.') and r.endswith('.weight') for r in rests)
@@ -544,12 +562,22 @@ def _stack_plan(state, prefix, head):
             m = re.fullmatch(r'(?:convs[.]([0-9]{,2}[02468])|linear)[.](weight|bias)', rest)
             if not m: raise ValueError(f'stack_head: {prefix}{js[0]}.{rest} has no place in a map2style block')
             to = f'convs.{int(m[1])//2}' if m[1] else 'linear'
-            plan[f'head.{f"groups.{g}." if fpn else ""}{to}.{m[2]}'] = [f'{prefix}{j}.{rest}' for j in js]
-    for k in [f'latlayer{i}.{leaf}' for i in (1,2) for leaf in ('weight','bias')]*fpn: plan[f'head.{k}'] = [prefix.removesuffix('styles.')+k]
-    for names in plan.values(): _alike(state, names)
+            readers = (stacks if m[1] else SimpleHead.stacks)(len(js))
+            plan[f'head.{f"groups.{g}." if fpn else ""}{to}.{m[2]}'] = [[f'{prefix}{js[i]}.{rest}' for i in r] for r in readers]
+    for k in [f'latlayer{i}.{leaf}' for i in (1,2) for leaf in ('weight','bias')]*fpn: plan[f'head.{k}'] = [[prefix.removesuffix('styles.')+k]]
+    for names in plan.values():
+        _alike(state, sum(names, []))
+        for same in names: _tied(state, same, head)
     return plan
 
-# %% ../nbs/02_encoders.ipynb #34e17f9e
+def _tied(state, names, head):
+    "Refuse to share what differs"
+    for k in names[1:]:
+        if not state[k].is_meta and not torch.equal(state[k], state[names[0]]):
+            raise ValueError(f'stack_head: {k} differs from {names[0]}, expected them equal for the head {head!r}; '
+                'blocks with convolutions of their own belong to head="simple" or "progressive"')
+
+# %% ../nbs/02_encoders.ipynb #00607a0c
 def stack_head(
     state:dict, # Tensors by name, among them `styles.J.convs.{0,2,4,…}.*` and `styles.J.linear.*`; FPN heads: `latlayer1.*`, `latlayer2.*`
     prefix:str='styles.', # What stands before J
@@ -558,15 +586,16 @@ def stack_head(
 )->dict:        # `head.*`, as the head's own tensors are called, and nothing else
     "Published map2style blocks to the tensors of a head; `ValueError` names what is missing or does not fit"
     plan,out = _stack_plan(state, prefix, head),{}
-    for to,names in plan.items():
-        like = state[names[0]]
-        t = torch.empty((len(names), *like.shape), dtype=like.dtype, device=like.device)
+    for to,stacks in plan.items():
+        like = state[stacks[0][0]]
+        t = torch.empty((len(stacks), *like.shape), dtype=like.dtype, device=like.device)
         del like
-        for i,name in enumerate(names): t[i] = (state.pop(name) if consume else state[name]).detach()
+        for i,names in enumerate(stacks):
+            for name in names: t[i] = (state.pop(name) if consume else state[name]).detach()
         out[to] = t[0] if 'latlayer' in to else t if '.linear.' in to else t.flatten(0, 1)
     return out
 
-# %% ../nbs/02_encoders.ipynb #ee4f4c4c
+# %% ../nbs/02_encoders.ipynb #6113dd17
 def unstack_head(
     state:dict, # Tensors by name, among them those of the head: `head.*`
     prefix:str='styles.', # What to put before J
@@ -578,7 +607,10 @@ def unstack_head(
         if not m: continue
         g,lateral,conv,leaf = m.groups()
         if lateral: out[f'{prefix.removesuffix("styles.")}{lateral}.{leaf}'] = t.clone(); continue
-        k = len(state[f'head.groups.{g}.linear.weight' if g else 'head.linear.weight'])
-        rest = f'convs.{2*int(conv)}.{leaf}' if conv else f'linear.{leaf}'
-        for j,p in enumerate(t.chunk(k) if conv else t, (0,3,7)[int(g or 0)]): out[f'{prefix}{j}.{rest}'] = p.clone()
+        k,_,width = state[f'head.groups.{g}.linear.weight' if g else 'head.linear.weight'].shape
+        parts = t.split(width) if conv else t
+        stacks = [range(k)] if len(parts)==1 else SimpleHead.stacks(k) if len(parts)==k else SharedHead.stacks(k)
+        rest,first = f'convs.{2*int(conv)}.{leaf}' if conv else f'linear.{leaf}',(0,3,7)[int(g or 0)]
+        for js,p in zip(stacks, parts):
+            for j in js: out[f'{prefix}{first+j}.{rest}'] = p.clone()
     return out

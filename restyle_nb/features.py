@@ -6,14 +6,14 @@
 __all__ = ['FACE_BOX', 'as_rgb', 'face_crop', 'FaceNet', 'read_face_net', 'MoCoNet', 'read_moco', 'LatentDiscriminator',
            'read_latent_discriminator']
 
-# %% ../nbs/05a_features.ipynb #66e56598
-import re
+# %% ../nbs/05a_features.ipynb #42d730e7
+import copy, re
 import torch
 from dataclasses import replace
 from torch import nn
 import torch.nn.functional as F
 from .checkpoints import CheckpointError, assemble, look
-from .encoders import IRSE50
+from .encoders import IRSE50, _fold
 
 # %% ../nbs/05a_features.ipynb #5f21ab47
 def as_rgb(
@@ -42,11 +42,17 @@ def face_crop(
         raise ValueError(f'face_crop: box {box} does not lie in pictures of {h}x{w}; give (top, bottom, left, right) in 256ths, or None')
     return F.adaptive_avg_pool2d(y[..., t:b, l:r], size)
 
-# %% ../nbs/05a_features.ipynb #d890b756
+# %% ../nbs/05a_features.ipynb #699f51b5
 class _Looking(nn.Module):
     "Frozen, and in evaluation mode for good"
     def still(self): return self.eval().requires_grad_(False)
     def train(self, mode=True): return super().train(False)
+
+    def fold(self):
+        "The same sight with each norm in the weights of the convolution before it, channels last; other tensor names. Memory of what stays alike is shared."
+        net = copy.deepcopy(self, {id(p): nn.Parameter(p.detach(), False) for p in self.parameters()})
+        _fold(net)
+        return net.to(memory_format=torch.channels_last).still()
 
 def _unit(h): return F.normalize(h.to(torch.promote_types(h.dtype, torch.float32)))
 
@@ -108,7 +114,7 @@ class MoCoNet(_Looking):
         for part in self.children(): x = part(x)
         return _unit(x.flatten(1))
 
-# %% ../nbs/05a_features.ipynb #34b2de00
+# %% ../nbs/05a_features.ipynb #7c2d2e06
 def read_moco(
     src, # Path or mapping: a MoCo checkpoint, or a ResNet50 with torchvision's names
 )->MoCoNet:

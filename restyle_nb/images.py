@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MODES', 'MAX_PIXELS', 'MAX_WEBP', 'MAX_SIDE', 'MIN_SIDE', 'FORMATS', 'SUFFIXES', 'CARS', 'to_float', 'to_uint8',
            'ImageError', 'to_pil', 'show_row', 'centre_box', 'fit_to', 'load_image', 'make_folder', 'atomic_write',
-           'save_image', 'image_files', 'load_folder', 'ImageFolder', 'Loader', 'loader', 'write_sheet', 'read_sheet',
-           'Geometry', 'grid', 'film_strip', 'show_strip']
+           'save_image', 'image_files', 'load_folder', 'ImageFolder', 'Kept', 'Loader', 'loader', 'write_sheet',
+           'read_sheet', 'Geometry', 'grid', 'film_strip', 'show_strip']
 
-# %% ../nbs/00_images.ipynb #8ac0c0b3
-import copy, hashlib, json, multiprocessing, os, signal, sys, tempfile, traceback, warnings
+# %% ../nbs/00_images.ipynb #6d24d453
+import copy, hashlib, json, multiprocessing, os, signal, sys, tempfile, traceback, warnings, zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -347,7 +348,56 @@ def _cached(cache, paths, size, channels, on_error):
     with atomic_write(cache) as tmp: save_file({'data':data.contiguous()}, tmp, {'key':key, 'kept':json.dumps([index[p] for p in kept])})
     return data, kept
 
-# %% ../nbs/00_images.ipynb #96773aa0
+# %% ../nbs/00_images.ipynb #a05c3f9c
+class Kept(torch.utils.data.Dataset):
+    "A data set whose pictures are decoded once and then read from a file of bytes; number for number the same."
+    def __init__(self,
+        ds,      # Data set of (C,H,W) floats in [-1,1], all of one shape, such as `datasets.PictureFiles`
+        path,    # File to keep them in, N·C·H·W bytes when all have been seen; begun anew if it is another set's
+        key='',  # What tells one set from another with as many pictures: names, sizes, dates
+    ):
+        self.ds,self.path,self.full,self.shape = ds, Path(path), False, tuple(ds[0].shape)
+        self.bytes = self.shape[0]*self.shape[1]*self.shape[2]
+        head = hashlib.sha256(json.dumps([str(key), len(ds), self.shape]).encode()).hexdigest().encode()
+        if self.path.is_file() and self._at(0, 64) == head: return
+        with atomic_write(self.path) as tmp: tmp.write_bytes(head + bytes(4*len(ds)))
+    def __len__(self): return len(self.ds)
+    def __getattr__(self, k): # what a data set knows besides its pictures
+        if k == 'ds': raise AttributeError(k)
+        return getattr(self.ds, k)
+    def _at(self, where, n):
+        with open(self.path, 'rb') as f: return (f.seek(where), f.read(n))[1]
+
+# %% ../nbs/00_images.ipynb #b9b66cdf
+@patch
+def __getitem__(self:Kept, i): # (C,H,W) float
+    n = len(self)
+    if not -n <= i < n: raise IndexError(f'picture {i} of {n}')
+    i %= n
+    mark,a = self._at(64 + 4*i, 4), self._at(64 + 4*n + i*self.bytes, self.bytes)
+    if len(a) == self.bytes and mark == _mark(a): return to_float(torch.frombuffer(bytearray(a), dtype=torch.uint8).view(self.shape))
+    x = self.ds[i]
+    u = to_uint8(x)
+    if to_float(u).equal(x) and not self._stands_in(i): self._keep(i, u.numpy().tobytes())
+    return x
+
+@patch
+def _stands_in(self:Kept, i): # another picture, as this one cannot be read
+    return bool(getattr(self.ds, 'skipped', None)) and self.ds.name(i) in self.ds.skipped
+
+@patch
+def _keep(self:Kept, i, a):
+    if self.full: return
+    try:
+        with open(self.path, 'r+b') as f:
+            for where,what in ((64 + 4*len(self) + i*self.bytes, a), (64 + 4*i, _mark(a))): f.seek(where); f.write(what)
+    except OSError as e:
+        self.full = True
+        warnings.warn(f'{self.path}: no more pictures can be kept ({_short(e.strerror or e)}); they are decoded each time they are needed')
+
+def _mark(a): return (zlib.crc32(a) or 1).to_bytes(4, 'little')
+
+# %% ../nbs/00_images.ipynb #78f38cbc
 def _rng(*key): return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], 'big'))
 
 class Loader:
@@ -356,6 +406,7 @@ class Loader:
         self.data = ds.data if isinstance(ds, ImageFolder) and not ds.flip else ds
         self.n,self.batch_size,self.seed,self.flip,self.position = len(ds),batch_size,seed,flip,position
         self.workers,self.ahead,self._orders = 0 if isinstance(self.data, torch.Tensor) else workers, None, {}
+        self._hand,self._next = None, (None, None)
         if not self.n: raise ImageError('loader: the data set is empty; add pictures')
     def __iter__(self): return self
     def __next__(self):
@@ -374,7 +425,7 @@ def indices(self:Loader,
     self._orders = {e: self._orders[e] if e in self._orders else self.shuffle(e) for e in (s//self.n).unique().tolist()}
     return torch.stack([self._orders[int(i)//self.n][int(i)%self.n] for i in s])
 
-# %% ../nbs/00_images.ipynb #b841bb91
+# %% ../nbs/00_images.ipynb #febe4ec0
 @patch
 def batch(self:Loader, 
     p:int,          # Number of the batch, from 0
@@ -384,6 +435,14 @@ def batch(self:Loader,
     if self.workers:
         if self.ahead is None: self.ahead = _Ahead(self)
         return self.ahead.batch(p, rows)
+    (asked, reading), self._next = self._next, (None, None)
+    if reading is not None:
+        reading.exception()                                 # done, whether or not it is the one
+        if asked == (p, rows): return reading.result()
+    return self._read(p, rows)
+
+@patch
+def _read(self:Loader, p, rows):
     rows = rows or slice(None)
     i = self.indices(p)[rows]
     x = self.data[i] if isinstance(self.data, torch.Tensor) else torch.stack([self.data[int(j)] for j in i])
@@ -402,6 +461,17 @@ def loader(
 )->Loader:         # Iterator without end
     "Shuffled batches (B,C,H,W) in [-1,1] for ever; every picture once before any comes again. Keep `.position` to resume."
     return Loader(ds, batch_size, seed, flip, position, workers)
+
+# %% ../nbs/00_images.ipynb #1e6711f1
+@patch
+def soon(self:Loader,
+    p:int,          # Number of the batch that will be asked for next
+    rows:slice|None=None, # As in `batch`
+):
+    "Begin to read batch `p` in a thread, unless workers do or there is nothing to read; the next call of `batch` takes it."
+    if isinstance(self.data, torch.Tensor) or self.workers or getattr(self.data, 'on_error', 'raise') != 'raise' or self._next[1] is not None: return
+    self._hand = self._hand or ThreadPoolExecutor(1, 'pictures')
+    self._next = (p, rows), self._hand.submit(self._read, p, rows)
 
 # %% ../nbs/00_images.ipynb #50b973fd
 class _Ahead:
@@ -460,7 +530,7 @@ def batch(self:_Ahead, p, rows):
     if isinstance(x, Exception): raise x
     return to_float(torch.from_numpy(x))
 
-# %% ../nbs/00_images.ipynb #57082adb
+# %% ../nbs/00_images.ipynb #3d65ef78
 def _serve(it, here, there):
     "What a worker does: hears (p, rows), answers with the batch as bytes if nothing is lost by it, and the pictures newly skipped"
     here.close()
@@ -468,7 +538,8 @@ def _serve(it, here, there):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    if callable(getattr(it.data, 'on_error', None)): it.data.on_error = 'skip'
+    ds = getattr(it.data, 'ds', it.data)
+    if callable(getattr(ds, 'on_error', None)): ds.on_error = 'skip'
     skipped = getattr(it.data, 'skipped', {})
     told = len(skipped)
     try:

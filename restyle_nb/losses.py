@@ -108,14 +108,15 @@ def _rgb(x):
         x = F.interpolate(x, size=(max(32, round(h*k)), max(32, round(w*k))), mode='bilinear', align_corners=False)
     return x
 
-# %% ../nbs/06_losses.ipynb #ab9d61cd
+# %% ../nbs/06_losses.ipynb #b63038fe
 class _Alike(nn.Module):
     "One minus the cosine between what a frozen network sees in two pictures"
     def __init__(self, net, read, kind):
         super().__init__()
         if isinstance(net, (str, PathLike, Mapping)): net = read(net)
         if not isinstance(net, nn.Module): raise ValueError(f'{type(self).__name__}: expected a {kind} or the path of one, found {type(net).__name__}')
-        self.net = net.eval().requires_grad_(False)
+        net = net.eval().requires_grad_(False)
+        self.net = net.fold() if isinstance(net, (FaceNet, MoCoNet)) else net
 
     def train(self, mode=True): return super().train(False)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'Team', 'PictureNoise', 'SyncNorm', 'set_norms', 'agree_on_norms', 'polite']
 
-# %% ../nbs/06a_machines.ipynb #5666f67f
+# %% ../nbs/06a_machines.ipynb #ff850a49
 import atexit, importlib, os, signal, threading, time
 from contextlib import contextmanager
 import torch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from .images import _rng
 
-# %% ../nbs/06a_machines.ipynb #60a64a37
+# %% ../nbs/06a_machines.ipynb #e2217862
 class Team:
     "The processes that train together; this one is number `rank` of `size`. A team of one talks to nobody."
     def __init__(self, rank=0, size=1, device=None): self.rank, self.size, self.device = rank, size, device
@@ -104,7 +104,7 @@ class PictureNoise:
         seed = _rng('noise', *self.key, self.t, int(row)).initial_seed()
         return torch.Generator(self.device).manual_seed(seed)
 
-# %% ../nbs/06a_machines.ipynb #4ec3ebdf
+# %% ../nbs/06a_machines.ipynb #f47a3cb6
 class _Sum(torch.autograd.Function):
     "Sum over all processes; so is its gradient"
     @staticmethod
@@ -116,6 +116,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return _Sum.apply(grad)
 
+# %% ../nbs/06a_machines.ipynb #86d97624
 class SyncNorm(nn.BatchNorm2d):
     "BatchNorm over the pictures of all processes, on any device (PyTorch's own needs CUDA). Each process must bring equally many."
     def forward(self, x):

@@ -135,7 +135,7 @@ def start(self:ReStyle,
     if self._cached[0] != now:
         if self.own_avg is None and not getattr(self.generator, 'has_latent_avg', True):
             raise ValueError('the generator has no average code to start from; call generator.estimate_latent_avg() or pass latent_avg=')
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad(): # the first alone would switch gradients on
             w = self.latent_avg[None].clone()
             self._cached = now, (w, self.generator.synthesize(w))
     return tuple(o.expand(n, *o.shape[1:]) for o in self._cached[1])

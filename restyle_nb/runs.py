@@ -9,7 +9,7 @@ __all__ = ['GROUPS', 'ALL', 'TRAINER', 'WORDS', 'TRUTH', 'CHOICES', 'PAPER', 'OW
            'open_pictures', 'settle', 'fingerprint', 'differences', 'build', 'carry_out', 'train', 'load',
            'options_like']
 
-# %% ../nbs/07c_runs.ipynb #9f9deb27
+# %% ../nbs/07c_runs.ipynb #505d3198
 import difflib, hashlib, math, os, reprlib, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .checkpoints import CheckpointError, look, read_encoder, read_trunk, save_restyle
 from .encoders import HEADS, TRUNKS, build_encoder, imagenet_trunk
 from .features import read_face_net
-from .images import Geometry, ImageFolder, atomic_write, fit_to, image_files, to_uint8
+from .images import Geometry, ImageFolder, Kept, atomic_write, fit_to, image_files, to_uint8
 from .judges import load_judge
 from .losses import LatentCritic, Objective
 from .machines import Team
@@ -39,7 +39,7 @@ def opt(
     "An option: a field that knows what it means."
     return field(default=default, metadata=dict(doc=doc))
 
-# %% ../nbs/07c_runs.ipynb #43c9e20b
+# %% ../nbs/07c_runs.ipynb #00371fe4
 @dataclass(frozen=True)
 class Pictures:
     "What is looked at"
@@ -48,17 +48,18 @@ class Pictures:
     recursive:bool = opt(False, 'folders inside the folder too')
     on_error:str = opt('raise', 'a picture that cannot be read: raise ends the run, skip leaves it out')
     memory:float = opt(1., 'GB of decoded pictures to keep; a larger set is decoded as it is needed')
+    cache:str|None = opt(None, 'folder on a fast disk where a larger set is kept decoded, for this and later runs')
     encoder_size:tuple[int,int]|int|None = opt(None, 'what the encoder sees, height and width; none: as the generator draws, at most 256')
     box:tuple[int,int,int,int]|None = opt(None, 'what is picture in the output: top, left, bottom, right; none: all')
 
-# %% ../nbs/07c_runs.ipynb #0501b5f8
+# %% ../nbs/07c_runs.ipynb #a533db5d
 @dataclass(frozen=True)
 class Network:
     "What learns, and what it learns to steer"
     generator:str|None = opt(None, 'a name in the zoo, or a file: ours, rosinality .pt, NVIDIA .pkl')
     generator_sha256:str|None = opt(None, 'of its weights, noted when the run begins; another generator is refused')
     trunk:str|None = opt(None, 'feature extractor: irse50, resnet34 or compact')
-    head:str = opt('simple', 'from features to codes: simple, fpn, progressive or fpn_progressive')
+    head:str = opt('simple', f'from features to codes: {", ".join(HEADS)}')
     width:int|None = opt(None, 'channels inside the head; none: as wide as a style')
     widths:tuple[int,...]|None = opt(None, 'channels of a compact trunk; none: its own')
     init:str|None = opt(None, 'first weights of the trunk: random, imagenet, the embedded attributes, a name in the zoo, or a file')
@@ -100,7 +101,7 @@ class Schedule:
     save_every:int|None = opt(None, 'iterations from one checkpoint to the next')
     log_every:int = opt(50, 'iterations that a row of the history averages over')
 
-# %% ../nbs/07c_runs.ipynb #f898d0fb
+# %% ../nbs/07c_runs.ipynb #019d0dca
 @dataclass(frozen=True)
 class Machine:
     "On what"
@@ -111,6 +112,8 @@ class Machine:
     recompute_from:int|None = opt(None, 'generator blocks of this size and up are computed twice rather than kept')
     workers:int = opt(0, 'processes that decode ahead')
     channels_last:bool = opt(True, 'memory layout')
+    keep_memory:bool = opt(True, 'on the CPU, freed memory stays with the process: faster, and it does not shrink')
+    compile:bool|str = opt(False, 'compiled encoder and generator: true, or a mode of torch.compile; needs a compiler')
 
 @dataclass(frozen=True)
 class Options(Machine, Schedule, Losses, Network, Pictures):
@@ -335,22 +338,28 @@ def hold_out(
     pick = lambda which: found[which] if isinstance(found, torch.Tensor) else [found[i] for i in which]
     return pick(order[n:].sort().values), pick(order[:n].sort().values)
 
-# %% ../nbs/07c_runs.ipynb #11d93711
+# %% ../nbs/07c_runs.ipynb #5ae4f508
 def open_pictures(
     found,            # From `locate`
     size,             # (H,W) that the encoder sees
     channels=3,       # Of a picture
     on_error='raise', # 'raise' or 'skip'
     memory=1.,        # GB of decoded pictures to keep
-):                    # Tensor, `ImageFolder`, `PictureFiles` or `Shards`
+    cache=None,       # Folder for those of a larger set; shards are taken as they are
+):                    # Tensor, `ImageFolder`, `PictureFiles`, `Kept` or `Shards`
     "Pictures as `Trainer` takes them."
     if isinstance(found, torch.Tensor): return to_uint8(fit_to(found, size))
     if isinstance(found, str): return _datasets().Shards(found, size, channels=channels, on_error=on_error)
-    if len(found)*channels*math.prod(size) > memory*2**30: return _datasets().PictureFiles(found, size, channels, on_error=on_error)
+    if len(found)*channels*math.prod(size) > memory*2**30: return _kept(_datasets().PictureFiles(found, size, channels, on_error=on_error), cache)
     bad = []
     ds = ImageFolder(found, size, channels, on_error=on_error if on_error == 'raise' else lambda path, e: bad.append(str(e)))
     if bad: warnings.warn(f'{len(bad)} of {len(found)} pictures are left out: ' + '; '.join(bad[:20]) + (' …' if len(bad) > 20 else ''))
     return ds
+
+def _kept(ds, folder):
+    if folder is None: return ds
+    key = hashlib.sha256(repr([(os.path.abspath(p), s.st_size, s.st_mtime_ns) for p in ds.paths for s in [os.stat(p)]] + [ds.size, ds.channels]).encode()).hexdigest()
+    return Kept(ds, Path(folder)/f'{key[:16]}.pictures', key)
 
 def _datasets():
     from restyle_nb import datasets
@@ -417,13 +426,13 @@ def settle(
     o = replace(o, init=o.init or 'random')
     return replace(o, **{k: _absolute(k, v) for k in _PLACES if isinstance(v := getattr(o, k), str)})
 
-# %% ../nbs/07c_runs.ipynb #b113efd0
-_PLACES = 'data', 'val', 'out', 'generator', 'init', 'face_net', 'moco_net'
+# %% ../nbs/07c_runs.ipynb #798cdc96
+_PLACES = 'data', 'val', 'out', 'cache', 'generator', 'init', 'face_net', 'moco_net'
 
 def _absolute(name, v):
     "A path that holds in any folder; a name in the zoo stays one"
     path = os.path.abspath(os.path.expanduser(v))
-    if name == 'out' or os.path.isfile(path): return path
+    if name in ('out', 'cache') or os.path.isfile(path): return path
     return path if name in ('data', 'val') and '://' not in v and (v not in domains() or os.path.exists(path)) else v
 
 def fingerprint(
@@ -434,8 +443,8 @@ def fingerprint(
     for k, p in sorted(generator.named_parameters()): h.update(k.encode() + p.detach().cpu().float().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/07c_runs.ipynb #1f2736eb
-FREE = 'data', 'val', 'recursive', 'on_error', 'memory', 'generator', 'face_net', 'moco_net', 'out', 'device'   # may be elsewhere when a run goes on
+# %% ../nbs/07c_runs.ipynb #8ec56aa4
+FREE = 'data', 'val', 'recursive', 'on_error', 'memory', 'cache', 'generator', 'face_net', 'moco_net', 'out', 'device'   # may be elsewhere when a run goes on
 
 def differences(
     then:Options,
@@ -485,7 +494,7 @@ def build(
     t.options = o
     return t
 
-# %% ../nbs/07c_runs.ipynb #529730b5
+# %% ../nbs/07c_runs.ipynb #7d0d8494
 def _generator(o):
     try: return load_generator(o.generator, 'cpu')
     except (KeyError, OSError) as e: raise OptionError(f'generator: {o.generator}: {e}') from None
@@ -495,7 +504,7 @@ def _weights(src): return src if Path(src).is_dir() else fetch(src)
 def _pictures(o, net):
     "Options with the number held out, pictures to train on, and to validate on"
     found, n = locate(o.data, o.recursive), o.val
-    opened = lambda f: open_pictures(f, net.geometry.encoder, net.generator.image_channels, o.on_error, o.memory)
+    opened = lambda f: open_pictures(f, net.geometry.encoder, net.generator.image_channels, o.on_error, o.memory, o.cache)
     if isinstance(n, str): return o, opened(found), opened(locate(n, o.recursive, 'heldout'))
     shards = isinstance(found, str)
     if n is None: n = 0 if shards else min(256, len(found)//10)

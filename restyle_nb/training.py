@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'FIXED', 'DOMAINS', 'METHODS', 'LOSSES', 'PRESETS', 'TrainingError', 'Trainer', 'constant',
-           'cosine', 'hold_linear', 'adam', 'Ranger', 'History', 'stage_at', 'Loaded', 'load_run', 'Preset', 'Presets',
-           'preset']
+           'cosine', 'hold_linear', 'adam', 'Ranger', 'LeanConv', 'LeanImage', 'slim', 'spare', 'History', 'stage_at',
+           'Loaded', 'load_run', 'Preset', 'Presets', 'preset']
 
-# %% ../nbs/07_training.ipynb #50db0874
+# %% ../nbs/07_training.ipynb #7c6874f7
 import copy, json, math, os, signal, sys, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import nn
+import torch.nn.functional as F
 from .checkpoints import CheckpointError, read_encoder
-from .encoders import Encoder, build_encoder
+from .encoders import Encoder, _SE, build_encoder
+from .fast import keep_memory
+from .generator import StyledConv, ToImage, _clamp, blur
 from .images import CARS, Geometry, loader, to_float
 from .losses import Objective, _full
 from .machines import NORMS, PictureNoise, Team, agree_on_norms, polite, set_norms
@@ -26,7 +29,7 @@ from .restyle import ReStyle, Step
 # %% ../nbs/07_training.ipynb #d370fcb7
 class TrainingError(RuntimeError): "Training cannot start or go on; the message says why and what to do."
 
-# %% ../nbs/07_training.ipynb #f1c40263
+# %% ../nbs/07_training.ipynb #b1ac7130
 class Trainer:
     "Trains `net.encoder` by N refinement steps a batch; the generator stays as it is. Same seed, same machine: same weights, interrupted or not."
     def __init__(self,
@@ -60,10 +63,12 @@ class Trainer:
         ema:float|None=None, # What an average of the encoder keeps of itself at each iteration, e.g. .999; it is then what is validated and kept
         recompute_from:int|None=None, # Blocks of the generator of this side and more are computed anew in the backward pass: less memory, more time
         workers:int=0,      # Processes that read pictures ahead
+    keep_memory:bool=True, # On the CPU: what a step has freed stays with the process for the next one, see `fast.keep_memory`
+    compile=False,      # True, or a mode of `torch.compile`: encoder and generator become compiled code; needs a C++ compiler, or Triton on a GPU
         team=None,          # `machines.Team`; None: the processes that a launcher started
     ): self._begin({k: v for k, v in locals().items() if k != 'self'})
 
-# %% ../nbs/07_training.ipynb #a38d7fe3
+# %% ../nbs/07_training.ipynb #e4316f6e
 @patch
 def _begin(self:Trainer, given):
     aside = 'net', 'data', 'objective', 'folder', 'val', 'device', 'critics', 'team'
@@ -75,15 +80,20 @@ def _begin(self:Trainer, given):
     self.critics = [self.critics] if hasattr(self.critics, 'learn') else list(self.critics)
     self.iteration, self.best, self.history, self._mine, self.spent = 0, math.inf, History(), False, 0.
     self.sums, self.since, self.heard, self.changed, self._told_rows, self._picture, self._left_out = None, 0, {}, {}, 0, None, 0
+    self._clock = [0., 0.]
     self._check_arguments()
     self._arrange()
 
-# %% ../nbs/07_training.ipynb #b4483763
+# %% ../nbs/07_training.ipynb #8d3c19ee
 @patch
 def train_batch(self:Trainer,
     x:torch.Tensor, # Targets (B,C,H,W) in [-1,1]; of several processes, this one's
 )->torch.Tensor:    # (1 + losses, N): total and each loss, at each step; detached, still on the device
     "One iteration: N steps, a loss and a backward pass after each (section 3). Too little memory halves `micro_batch`."
+    with slim(self.net.generator), nullcontext() if self.compile else spare(self.net.encoder): return self._train(x)
+
+@patch
+def _train(self:Trainer, x):
     told, seen, turns, at, norms = [], [], None, None, self._norms()
     while len(told) < self.n_steps:
         turns = turns or self._turns(x, len(told), at)
@@ -181,13 +191,17 @@ def _halve(self:Trainer, n, norms):
     local = '; BatchNorm now counts over that many' if self.batchnorm == 'local' and any(isinstance(m, nn.BatchNorm2d) for m in self.net.encoder.modules()) else ''
     self._note(f'out of memory with {now} pictures at a time; going on with {self.micro_batch}, a batch stays {self.batch_size}{local}')
 
-# %% ../nbs/07_training.ipynb #a9cdf805
+# %% ../nbs/07_training.ipynb #c50496c2
 @patch
 def batch(self:Trainer, i):
     "Pictures of iteration `i` that are this process's, on the device."
-    x = self.loader.batch(i, self.team.rows(self.batch_size)) if self.team.size > 1 else self.loader.batch(i)
+    x = self.loader.batch(i, *self._rows())
+    if self.device.type == 'cuda': x = x.pin_memory()
     x = x.to(self.device, non_blocking=True)
     return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+@patch
+def _rows(self:Trainer): return (self.team.rows(self.batch_size),) if self.team.size > 1 else ()
 
 @patch
 def learning_rate(self:Trainer, i):
@@ -205,18 +219,28 @@ def _draw(self:Trainer, t, rows):
     if isinstance(noise, PictureNoise): noise.key, noise.t, noise.rows = (self.seed, self.iteration), t, rows
     elif noise: torch.manual_seed((self._seed() + 7919*t + 104_729*rows.start) % 2**63)
 
-# %% ../nbs/07_training.ipynb #b1a7738a
+# %% ../nbs/07_training.ipynb #44cdfe54
 @patch
 def _iterate(self:Trainer):
     torch.manual_seed(self._seed())
     for g in self.optimizer.param_groups: g['lr'] = self.learning_rate(self.iteration)
     self._enter(self.stage_of(self.iteration))
     set_norms(self.net.encoder, self.batchnorm, self.team)
-    losses = self.train_batch(self.batch(self.iteration))
+    began = time.perf_counter()
+    x = self.batch(self.iteration)
+    self.loader.soon(self.iteration + 1, *self._rows())
+    waited = time.perf_counter() - began
+    losses = self.train_batch(x)
     self.sums = losses if self.sums is None else self.sums + losses
     self._follow()
     self.since += 1
     self.iteration += 1
+    self._clock = [a + b for a, b in zip(self._clock, (waited, time.perf_counter() - began))]
+
+@patch(as_prop=True)
+def waiting(self:Trainer)->float:
+    "Share of their time that this process's iterations have waited for pictures; 0 before the first. On a GPU, whose work goes on by itself, of the time until it has all been ordered."
+    return self._clock[0]/(self._clock[1] or 1.)
 
 @patch
 @torch.no_grad()
@@ -253,7 +277,7 @@ def _check_arguments(self:Trainer):
     self._check_stages()
     self._check_critics()
 
-# %% ../nbs/07_training.ipynb #303b5452
+# %% ../nbs/07_training.ipynb #2ebf2681
 @patch
 def _arrange(self:Trainer):
     self.team = Team.find() if self.team is None else self.team
@@ -263,7 +287,9 @@ def _arrange(self:Trainer):
     self.device = torch.device(self.device if self.device is not None else own)
     for part in (self.net, self.objective, *self.critics): part.to(self.device)
     if isinstance(self.net.generator, nn.Module): self.net.generator.eval().requires_grad_(False)
-    if self.channels_last: self.net.encoder.to(memory_format=torch.channels_last)
+    if self.channels_last:
+        self.net.encoder.to(memory_format=torch.channels_last)
+        self._head.to(memory_format=torch.contiguous_format)   # whose weights are read as matrices
     self.params = [p for p in self.net.encoder.parameters() if p.requires_grad]
     if not self.params: raise TrainingError('no weight of net.encoder wants a gradient; call net.encoder.requires_grad_(True)')
     self.team.share_(*self.net.encoder.state_dict().values(), *(t for c in self.critics for t in _tensors(c.state_dict()) if t.device == self.device))
@@ -283,6 +309,9 @@ def _equip(self:Trainer):
     if self.recompute_from not in (None, *sides): raise TrainingError(f'recompute_from is {self.recompute_from}, expected one of {", ".join(map(str, sides))}')
     if hasattr(g, 'recompute_from'): g.recompute_from = self.recompute_from
     elif self.recompute_from: raise TrainingError(f'recompute_from: {type(g).__name__} cannot compute its blocks anew; leave it out')
+    if self.channels_last and isinstance(g, nn.Module): g.to(memory_format=torch.channels_last)
+    if self.keep_memory and self.device.type == 'cpu': keep_memory()
+    if self.compile: self._compile()
 
 def adam(params, lr): return torch.optim.Adam(params, lr, fused=params[0].device.type in ('cpu', 'cuda'))
 
@@ -484,6 +513,113 @@ def _validated(self:Trainer):
         self.best = row['loss'][-1]
         if self.folder and self.team.main: _write(self._model(self.net.encoder if self.average is None else self.average), self.folder/'best.pt')
     return self._add(row)
+
+# %% ../nbs/07_training.ipynb #091c80d8
+class _Paint(torch.autograd.Function):
+    "A frozen styled convolution: remembers what comes in and what goes out, and nothing between"
+    @staticmethod
+    def forward(ctx, x, s, d, shift, noise, weight, up):   # (b,i,h,w), (b,i), (b,o), (o,), plane or None, (o,i,k,k)
+        y = _filter(x*s[:, :, None, None], weight, up)
+        y.mul_(d[:, :, None, None])
+        if noise is not None: y.add_(noise)
+        F.leaky_relu_(y.add_(shift[:, None, None]), .2)
+        ctx.save_for_backward(x, s, d, shift, noise, weight, y)
+        ctx.up = up
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, s, d, shift, noise, weight, y = ctx.saved_tensors
+        inner = torch.ops.aten.leaky_relu_backward(g, y, .2, True)
+        to_d = (g*y).sum((2, 3)) - inner.sum((2, 3))*shift
+        if noise is not None: to_d = to_d - (inner*noise).sum((2, 3))
+        g = _back(inner.mul_(d[:, :, None, None]), weight.to(inner.dtype), ctx.up)
+        to_s = (g*x).sum((2, 3)).to(s.dtype)
+        return g.mul_(s[:, :, None, None]) if ctx.needs_input_grad[0] else None, to_s, (to_d/d).to(d.dtype), None, None, None, None
+
+def _filter(x, w, up):
+    return blur(F.conv_transpose2d(x, w.transpose(0, 1), stride=2), gain=4) if up else F.conv2d(x, w, padding=w.shape[-1]//2)
+
+def _back(g, w, up):
+    return F.conv2d(blur(g, 2, 4), w.transpose(0, 1), stride=2) if up else F.conv_transpose2d(g, w, padding=w.shape[-1]//2)
+
+# %% ../nbs/07_training.ipynb #522ffb53
+def _still(layer): return torch.is_grad_enabled() and not any(p.requires_grad for p in layer.parameters())
+
+class LeanConv(StyledConv):
+    "A `StyledConv` that, frozen, keeps one map for the backward pass instead of six."
+    def forward(self, x, w, noise=None):
+        if not _still(self): return super().forward(x, w, noise)
+        s = self.affine(w)*self.scale
+        d = torch.rsqrt(s.square() @ self.weight.square().sum((2, 3)).T + 1e-8)*2**.5
+        if noise is not None: noise = 2**.5*self.noise_strength*noise
+        return _clamp(_Paint.apply(x, s, d, 2**.5*self.bias, noise, self.weight, self.up), self.clamp)
+
+class LeanImage(ToImage):
+    "A `ToImage` that, frozen, keeps no map of its own."
+    def forward(self, x, w):
+        if not _still(self): return super().forward(x, w)
+        k = self.weight[:, :, 0, 0]*(self.affine(w)*self.scale)[:, None]          # (b,c,i)
+        y = (x.permute(0, 2, 3, 1).flatten(1, 2) @ k.mT).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return _clamp(y + self.bias[:, None, None], self.clamp)
+
+_LEAN = {StyledConv: LeanConv, ToImage: LeanImage}
+
+@contextmanager
+def slim(
+    generator, # Its layers are of other classes inside the block, with the same tensors. One that is not a `Generator` stays as it is
+):             # The generator itself
+    "Inside, a frozen generator keeps little of what it paints for the backward pass; same pictures, same gradients."
+    layers = [(m, type(m)) for m in (generator.modules() if isinstance(generator, nn.Module) else ()) if type(m) in _LEAN]
+    for m, was in layers: m.__class__ = _LEAN[was]
+    try: yield generator
+    finally:
+        for m, was in layers: m.__class__ = was
+
+# %% ../nbs/07_training.ipynb #db795ad6
+class _Sparing(nn.Sequential):
+    "A chain in which what a norm or a PReLU hands to a convolution or a gate is not kept for the backward pass but computed again"
+    def forward(self, x):
+        last = None                                           # the norm or PReLU just passed, and what it was given
+        for m in self:
+            spare = last is not None and isinstance(m, (nn.Conv2d, _SE)) and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+            with _anew(x, *last) if spare else nullcontext(): y = m(x)
+            last, x = (m, x.detach()) if type(m) in (nn.BatchNorm2d, nn.PReLU) else None, y
+        return x
+
+def _anew(x, m, given):
+    "Inside, `x`, which `m` made of `given`, is remembered by how it was made"
+    at, shape, counted = x.data_ptr(), x.shape, m.training
+    def make():
+        if isinstance(m, nn.PReLU): return F.prelu(given, m.weight)
+        return F.batch_norm(given, *(None, None) if counted else (m.running_mean, m.running_var), m.weight, m.bias, counted, 0., m.eps)
+    def again(o):
+        if isinstance(o, torch.Tensor): return o
+        with torch.no_grad(): return o()
+    return torch.autograd.graph.saved_tensors_hooks(lambda o: make if o.data_ptr() == at and o.shape == shape else o, again)
+
+@contextmanager
+def spare(encoder):
+    "Inside, the chains of an encoder keep less; the same gradients to the last digit."
+    chains = [m for m in encoder.modules() if type(m) is nn.Sequential]
+    for m in chains: m.__class__ = _Sparing
+    try: yield encoder
+    finally:
+        for m in chains: m.__class__ = nn.Sequential
+
+# %% ../nbs/07_training.ipynb #c23bfbe4
+@patch
+def _compile(self:Trainer):
+    "Compile encoder and the generator's layers in place. `TrainingError` where nothing can be compiled."
+    mode = None if self.compile is True else self.compile
+    try: torch.compile(torch.sin, mode=mode)(torch.zeros(1, device=self.device))
+    except Exception as e:
+        raise TrainingError(f'compile={self.compile!r}: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); '
+                            'install a C++ compiler (on a GPU: Triton), or leave compile out') from None
+    g = self.net.generator
+    for m in (self.net.encoder, *getattr(g, 'convs', ()), *getattr(g, 'to_images', ())):
+        if isinstance(m, nn.Module): m.compile(mode=mode)
 
 # %% ../nbs/07_training.ipynb #eef1f919
 class History:

@@ -441,3 +441,13 @@ def test_three_processes_equal_one(faces, whole, trials):
         assert torch.equal(scores, want.scores['l2']) and bad == want.bad and n == N
         assert 'different pictures' in differ and ('n_steps=3' if r == 0 else 'process 0 could not begin') in refused
     assert done(tmp/'together') == done(whole)
+
+def test_fast_gives_the_same_codes_and_goes_on_where_the_plain_one_stopped(faces, tmp_path):
+    net = model()
+    a = invert_all(net, faces, tmp_path/'a', **KW)
+    b = invert_all(net, faces, tmp_path/'b', fast=True, **KW)
+    w = a[:]
+    assert (b[:] - w).abs().max() <= 1e-3*w.std()
+    torch.testing.assert_close(b.errors, a.errors, rtol=1e-3, atol=1e-6)
+    (tmp_path/'a'/'codes-00001.safetensors').unlink()
+    assert len(invert_all(net, faces, tmp_path/'a', fast=True, **KW)) == len(a)

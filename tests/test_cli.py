@@ -330,7 +330,7 @@ def test_a_generator_of_ones_own(good, tmp_path, capsys):
 
 # --- quick to answer
 
-COMMANDS = 'restyle_demo', 'restyle_invert', 'restyle_edit', 'restyle_models', 'restyle_train', 'restyle_evaluate'
+COMMANDS = 'restyle_demo', 'restyle_invert', 'restyle_edit', 'restyle_models', 'restyle_train', 'restyle_evaluate', 'restyle_bench', 'restyle_export'
 HELP = """
 import sys, time
 from restyle_nb.cli import {command}

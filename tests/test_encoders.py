@@ -1,11 +1,11 @@
 """Encoders against the golden cases, and in odd sizes."""
-import copy, importlib.util, json, weakref
+import copy, importlib.util, json, re, weakref
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 
 from restyle_nb.encoders import (HEADS, TRUNKS, build_encoder, imagenet_trunk, init_trunk, stack_head, trunk_names, unstack_head,
-                                 FPNHead, IRSE50, ProgressiveHead, SimpleHead)
+                                 fpn_groups, FPNHead, IRSE50, ProgressiveHead, SharedHead, SimpleHead)
 
 GOLDEN = Path(__file__).parent/'golden'
 LIMIT = 1e-4 # of the spread of the expected array
@@ -88,7 +88,13 @@ def random_published(enc, seed=0):
         if k.endswith('running_var'): return 3+n.abs() # as in the golden cases: keeps the spread of a deep sum bounded
         if t.ndim==1: return .1*n + (1. if k.endswith('weight') else 0.)
         return n if 'linear' in k else n*(2/t[0].numel())**.5
-    return {k:fresh(k, t) for k,t in state.items()}
+    return {k:fresh(k, t) for k,t in state.items()} if 'shared' not in enc.config['head'] else tied({k:fresh(k, t) for k,t in state.items()})
+
+
+def tied(state):
+    "The same, with styles 1-2, 4-6 and 8 to the end given the convolutions of styles 0, 3 and 7"
+    first = lambda m: f'styles.{max(j for j in (0,3,7) if j<=int(m[1]))}.convs.'
+    return {k:state[re.sub(r'^styles[.](\d+)[.]convs[.]', first, k)] for k in state}
 
 
 def definition(state, maps, head, stage=None):
@@ -298,6 +304,104 @@ def test_head_equals_its_plain_form(width):
     f = torch.randn(3, 12, 6, 9, dtype=torch.double, requires_grad=True)
     a, b = ([y, *torch.autograd.grad(y.square().sum(), [f, *head.parameters()])] for y in (head(f), head.plain(f)))
     for p,q in zip(a, b): torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+# The shared head
+
+def shared_pair(width, n_styles=9, progressive=False):
+    "A shared head, and the head with a block for each style that it stands for"
+    names = ('shared_progressive', 'progressive') if progressive else ('shared', 'simple')
+    torch.manual_seed(0)
+    small = HEADS[names[0]](n_styles, 10, 7, (6,9), width).double()
+    for p in small.parameters(): p.data.normal_()
+    full = HEADS[names[1]](n_styles, 10, 7, (6,9), width).double()
+    full.load_state_dict({k.removeprefix('head.'):v for k,v in stack_head(unstack_head({f'head.{k}':v for k,v in small.state_dict().items()}), head=names[1]).items()})
+    return small, full
+
+
+@pytest.mark.parametrize('progressive', [False, True])
+@pytest.mark.parametrize('width', [16, 160])
+def test_a_shared_head_is_a_full_one_with_equal_blocks(width, progressive):
+    "In value, and in gradient: a stack's is the sum of those of the blocks it stands for"
+    small, full = shared_pair(width, progressive=progressive)
+    f = torch.randn(3, 10, 6, 9, dtype=torch.double, requires_grad=True)
+    want, got = full(f), small(f)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(small.plain(f), want, rtol=1e-10, atol=1e-10)
+    a, b = (torch.autograd.grad(y.square().sum(), [f, *h.parameters()]) for h,y in ((small, got), (full, want)))
+    sums = [q if p.shape==q.shape else torch.stack([q.unflatten(0, (9,-1))[js.start:js.stop].sum(0) for js in fpn_groups(9)]).flatten(0, 1) for p,q in zip(a, b)]
+    assert sum(p.shape!=q.shape for p,q in zip(a, b))==2*len(small.convs)
+    for p,q in zip(a, sums): torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8*q.abs().max().item())
+
+
+def test_a_shared_head_has_three_stacks():
+    with torch.device('meta'): count = {h: sum(p.numel() for k,p in HEADS[h]().named_parameters() if k.startswith('convs')) for h in ('simple', 'shared', 'shared_progressive')}
+    assert count['simple']==6*count['shared']==6*count['shared_progressive']==18*4*(9*512*512+512)
+    for n in (1, 3, 4, 7, 8): assert len(HEADS['shared'](n, 4, 5, 2, 6).convs[0].weight)==6*len(fpn_groups(n))
+    assert not HEADS['shared'].stages and HEADS['shared_progressive'].stages
+
+
+def test_stack_head_does_not_share_what_differs():
+    flat = unstack_head({f'head.{k}':v for k,v in HEADS['shared'](9, 10, 7, 4, 5).state_dict().items()})
+    flat['styles.4.convs.2.bias'] = flat['styles.4.convs.2.bias']+1
+    before = dict(flat)
+    with pytest.raises(ValueError, match='styles.4.convs.2.bias differs from styles.3.convs.2.bias.*head="simple"'): stack_head(flat, head='shared', consume=True)
+    assert list(flat)==list(before) and stack_head(flat, head='simple')['head.convs.1.bias'].shape==(45,)
+
+
+@torch.no_grad()
+def test_a_shared_head_in_a_file(tmp_path):
+    from restyle_nb.checkpoints import read_encoder, save_encoder
+    for head in ('shared', 'shared_progressive'):
+        torch.manual_seed(0)
+        enc = build_encoder('compact', head, n_styles=9, style_dim=6, width=5, input_size=(32,48), widths=(4,4,4)).eval()
+        got = read_encoder(save_encoder(enc, tmp_path/f'{head}.safetensors')).eval()
+        x, y = torch.randn(2, 2, 3, 32, 48)
+        assert got.config==enc.config and got.config['head']==head and torch.equal(got(x, y), enc(x, y))
+        fast = got.fold()
+        assert error(fast.forward_from(fast.first(x), y), enc(x, y)) < 1e-5
+
+
+@pytest.mark.parametrize('head', ['shared', 'shared_progressive'])
+@torch.no_grad()
+def test_a_shared_head_in_a_published_file(head):
+    "Written out as full blocks, for published code; read as those, or as shared again"
+    from restyle_nb.checkpoints import publish_restyle, read_restyle
+    from restyle_nb.generator import Generator
+    from restyle_nb.restyle import ReStyle
+    torch.manual_seed(0)
+    g = Generator(64, style_dim=16, channels={4:8, 8:8, 16:8, 32:8, 64:8})
+    g.estimate_latent_avg(64)
+    net = ReStyle(build_encoder('resnet34', head, n_styles=g.n_styles, style_dim=16, width=8, input_size=64), g).eval()
+    x = torch.rand(2, 3, 64, 64)*2-1
+    want, file = net.invert(x, 2).codes, publish_restyle(net)
+    assert file['state_dict']['encoder.styles.9.convs.2.weight'].shape==(8,8,3,3)
+    for name in (None, head):
+        got = read_restyle(copy.deepcopy(file), head=name)
+        assert got.encoder.config['head']==(name or head.replace('shared_', '').replace('shared', 'simple'))
+        assert error(got.invert(x, 2).codes, want) < 1e-4
+
+
+@torch.no_grad()
+def test_a_head_of_ones_own(monkeypatch):
+    "One stack for all styles: three lines, and everything else goes on working"
+    class One(SharedHead): stacks = staticmethod(lambda n: [range(n)])
+    monkeypatch.setitem(HEADS, 'one', One)
+    enc = build_encoder('compact', 'one', n_styles=9, style_dim=6, width=5, input_size=32, widths=(4,4,4)).eval()
+    assert enc.config['head']=='one' and build_encoder(**enc.config).config==enc.config and len(enc.head.convs[0].weight)==5
+    f = torch.randn(2, 4, *enc.head.spatial)
+    assert error(enc.head(f), enc.head.plain(f)) < 1e-5
+    state = {f'head.{k}':v for k,v in enc.head.state_dict().items()}
+    assert all(torch.equal(v, state[k]) for k,v in stack_head(unstack_head(state), head='one').items())
+
+
+@pytest.mark.parametrize('head', ['simple', 'shared', 'shared_progressive'])
+@torch.no_grad()
+def test_an_exported_head_takes_any_batch(head):
+    "Wide blocks choose their form by the batch; under torch.export they may not"
+    m = HEADS[head](5, 16, 24, 8, 160).eval()
+    p = torch.export.export(m, (torch.randn(3, 16, 8, 8),), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},)).module()
+    for b in (1, 2, 7): assert error(p(f := torch.randn(b, 16, 8, 8)), m(f)) < 1e-5
 
 
 def test_fold_leaves_the_original_alone():

@@ -1,4 +1,5 @@
 "Memory: one step's worth whatever N is, and less if layers are run twice or in 16 bits."
+import contextlib
 import os, weakref
 import pytest
 import torch
@@ -44,7 +45,7 @@ def trainer(**kw):
 
 def resident(n_steps):
     "Largest memory of this process, in bytes, over two iterations of N steps: as the kernel sees it"
-    t = trainer(n_steps=n_steps)
+    t = trainer(n_steps=n_steps, keep_memory=False)
     before = int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])
     t.fit(2)
     return 1024*(int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) - before)
@@ -66,7 +67,7 @@ def test_steps_do_not_add_up_for_the_kernel_either(tmp_path):
     with Server(tmp_path, MALLOC_MMAP_THRESHOLD_='500000') as s: # what is freed goes back at once, else one measures the gaps that malloc keeps
         peaks = {n: s(1, module='test_memory', job='resident', n_steps=n)[0] for n in (1, 10)}
     print({n: f'{p/2**20:.1f} MiB' for n, p in peaks.items()})
-    assert max(peaks.values()) < 1.1*min(peaks.values())            # pages and gaps count here too; what is alive is counted above
+    assert max(peaks.values()) < 1.3*min(peaks.values())            # pages and gaps, some 20 MiB, count here too; what is alive is counted above
 
 def test_all_steps_at_once_would_add_up():
     "What is measured is there: a loop that keeps its steps needs N times as much"
@@ -112,11 +113,15 @@ def test_nothing_is_run_twice_without_a_gradient():
     assert len(calls) == 3
 
 @pytest.mark.parametrize('noise', ['fixed', 'random'])
-def test_trainer_with_layers_run_twice(noise):
-    "Same weights to the last bit, random noise included: planes are drawn once, not again"
+def test_trainer_with_layers_run_twice(noise, monkeypatch):
+    "Same weights to the last bit, random noise included: planes are drawn once, not again. Lean layers hold as little without it"
     plain, twice = trainer(n_steps=2, noise=noise), trainer(n_steps=2, noise=noise, recompute_from=32)
     a, b = peak(plain), peak(twice)
-    assert b < .7*a
+    with monkeypatch.context() as m:
+        m.setattr('restyle_nb.training.slim', contextlib.nullcontext)
+        full, less = peak(trainer(n_steps=2, noise=noise)), peak(trainer(n_steps=2, noise=noise, recompute_from=32))
+    print(f'lean {a/full:.2f}, lean and twice {b/full:.2f}, twice {less/full:.2f}')
+    assert a < .7*full and less < .7*full and b < 1.1*a
     assert all(torch.equal(p, q) for p, q in zip(plain.net.encoder.state_dict().values(), twice.net.encoder.state_dict().values()))
     with pytest.raises((TrainingError, ValueError), match='recompute_from.*48.*128'): trainer(recompute_from=48).fit(1)
 

@@ -142,3 +142,10 @@ def test_nothing_left_undone():
     found = [p.relative_to(ROOT) for p in files if words.search(p.read_text(encoding='utf-8'))]
     found += [p.relative_to(ROOT) for p in nbs.notebooks() if any(words.search(source(c)) for c in read(p)['cells'])]
     assert not found
+
+
+@each_notebook
+def test_notebook_leaves_gradients_on(path):
+    "Several notebooks share a process: what one switches off it switches on again"
+    text = '\n'.join(source(c) for c in code_cells(path))
+    assert text.rfind('set_grad_enabled(False)') <= text.rfind('set_grad_enabled(True)')
