@@ -11,7 +11,7 @@ unexport MPLBACKEND
 # two notebooks run side by side, one thread each; the backend `agg` would take the figures out of their outputs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-exports test-notebooks test-outputs test-wheel test-python export notebooks docs lab recipes clean
+.PHONY: help venv demo test test-exports test-notebooks test-outputs test-wheel test-colab test-python export notebooks docs lab dist recipes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | while IFS='|' read -r t d; do printf '  make %-15s %s\n' "$$t" "$$d"; done
@@ -46,7 +46,7 @@ lab: venv  ## open the notebooks in JupyterLab
 
 # ---- checking it, in the order that fails fastest
 
-STEPS := test-exports test-wheel test-notebooks test-outputs docs test-python
+STEPS := test-exports test-wheel test-colab test-notebooks test-outputs docs test-python
 test: venv  ## everything a change must pass
 	@for step in $(STEPS); do \
 		echo "== $$step"; start=$$SECONDS; \
@@ -57,8 +57,11 @@ test: venv  ## everything a change must pass
 test-exports: venv  ## is the package what the notebooks export?
 	@$(BIN)/python tools/nbs.py exports
 
-test-wheel: venv  ## does the wheel hold the weights, and work away from the repository?
+test-wheel: venv  ## do wheel and source archive hold everything, and work away from the repository?
 	@$(BIN)/python tools/wheel.py
+
+test-colab: venv  ## do two of the notebooks run where only the wheel is installed? NBS=--all: every one with a badge
+	@$(BIN)/python tools/colab.py $(NBS)
 
 test-notebooks: venv  ## nbdev_test: the examples in the notebooks
 	@$(BIN)/nbdev_test --n_workers 2 --do_print
@@ -80,6 +83,9 @@ notebooks: export  ## run the notebooks, save their outputs, renew README.md
 
 docs: venv  ## README.md and the site in _docs/ (without Quarto)
 	@$(BIN)/python tools/docs.py --force
+
+dist: venv  ## wheel and source archive in dist/
+	@$(BIN)/python tools/wheel.py --out dist
 
 recipes:  ## how every embedded weight is made again
 	@echo 'The recipes rebuild the files of restyle_nb/weights. They take minutes to hours, so no check runs them:'

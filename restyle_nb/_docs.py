@@ -40,8 +40,10 @@ class TableRenderer(BasicMarkdownRenderer):
     def _repr_markdown_(self):
         plain = super()._repr_markdown_()
         try: code = signature_line(self.sym, self.nm)
-        except (TypeError, ValueError): return plain
-        head = plain.split('```python')[0]
+        except (TypeError, ValueError):
+            if not inspect.isclass(self.sym): return plain
+            code = f"class {self.nm}({', '.join(o.__name__ for o in self.sym.__bases__)})"   # an error, say: its signature is that of its base
+        head = plain.split('```python')[0].replace('#LNone', '')   # the line is not always known
         parts = [f'{head}```python\n{code}\n```', inspect.cleandoc(self.docs or ''), self.table()]
         return re.sub(r' at 0x[0-9a-f]+', '', '\n\n'.join(p for p in parts if p))
 
@@ -49,7 +51,15 @@ class TableRenderer(BasicMarkdownRenderer):
         "The docments as a Markdown table; nothing where there are none"
         try: described = docments(self.sym, full=True)
         except Exception: return ''   # an annotation that cannot be evaluated must not stop the site
+        if not described.get('return', {}).get('docment') and (said := returns(self.sym)): described['return'] = dict(docment=said)
         return markdown_table(described) if any(d.get('docment') for d in described.values()) else ''
+
+
+def returns(sym) -> str:
+    "What is said of the result behind the closing parenthesis of a signature without annotation, which docments leaves out"
+    try: found = re.search(r'^\)\s*:\s*#\s*(.+)$', inspect.getsource(sym), re.M)
+    except (OSError, TypeError): return ''   # no source: built in, or made on the spot
+    return found[1] if found and not inspect.isclass(sym) else ''
 
 
 def markdown_table(described: dict) -> str:
@@ -60,7 +70,7 @@ def markdown_table(described: dict) -> str:
         kind, default = d.get('anno', MISSING), d.get('default', MISSING)
         kind = '' if kind in (MISSING, None, type(None)) else annotation(kind)
         default = '' if default is MISSING or name == 'return' else getattr(default, '__name__', None) or repr(default)
-        label = '**Returns**' if name == 'return' else f'`{name}`'
+        label = '**Returns**' if name == 'return' else f'<code>{name}</code>'   # no backticks: nbdev would link a parameter to a function of that name
         rows.append([label, kind, default, ' '.join((d.get('docment') or '').split())])
     if rows[-1] == ['**Returns**', '', '', '']: rows.pop()
     keep = [j for j in range(4) if j == 0 or any(r[j] for r in rows[1:])]

@@ -26,7 +26,7 @@ def _pictures(inv):
 def change_maps(
     inv:Inversion,  # Inversion with its pictures
 )->torch.Tensor:    # (n,B,H,W), entry t-1 for step t; squared units of the range [-1,1]
-    "Squared change of each pixel at each step, averaged over channels, inside the content box (section 5.3). ValueError without pictures."
+    "Squared change of each pixel at each step, averaged over channels, inside the content box (section 5.3). ValueError without pictures, TypeError for anything but an Inversion."
     y = _pictures(inv)
     return torch.stack([(b - a).square().mean(1) for a, b in zip(y, y[1:])])
 
@@ -69,10 +69,10 @@ def _interval(value, draws, level, b):
 # %% ../nbs/12_analysis.ipynb #0fd74b6d
 def mean_interval(
     values:torch.Tensor, # (…,B), a number for each picture, pictures last
-    n_boot=1000,         # Bootstrap draws
-    level=.95,           # Share of the draws inside the interval
+    n_boot=1000,         # Bootstrap draws, at least 2, else ValueError
+    level=.95,           # Share of the draws inside the interval, between 0 and 1, else ValueError
     seed=0,              # Of the draws
-):                       # mean (…), low (…), high (…), float64
+)->tuple:                # mean (…), low (…), high (…), float64
     "Mean over pictures with its bootstrap interval, which stays where the values are; the ends are nan for a single picture."
     v = values.detach().cpu().double()
     mean, draws = v.mean(-1), torch.einsum('rb,...b->r...', _draws(v.shape[-1], n_boot, seed), v)
@@ -92,7 +92,7 @@ class LatentChange:
 
 # %% ../nbs/12_analysis.ipynb #dd007c10
 def latent_change(
-    inv:Inversion, # Inversion, with or without its pictures
+    inv:Inversion, # Inversion, with or without its pictures; ValueError for an empty one
     n_boot=1000,   # Bootstrap draws
     level=.95,     # Share of the draws inside the intervals
     seed=0,        # Of the draws
@@ -167,10 +167,10 @@ class Shares:
 # %% ../nbs/12_analysis.ipynb #b1899f32
 @patch
 def shift(self:Shares,
-    names,    # Name, or list of names whose shares are added
+    names,    # Name, or list of names whose shares are added; KeyError for an unknown one
     first=1,  # Step to compare with
     last=-1,  # Step that is compared; -1 is the last
-):            # (difference, low, high), shares between -1 and 1
+)->tuple:     # (difference, low, high), shares between -1 and 1
     "By how much the share of some parts is larger at step `last` than at step `first`, with its interval."
     parts = [names] if isinstance(names, str) else names
     for o in parts:
@@ -199,7 +199,7 @@ def _names(edges): return [f'under {edges[0]:g}', *(f'{a:g} to {b:g}' for a, b i
 
 # %% ../nbs/12_analysis.ipynb #ae5e6447
 def bands(
-    inv:Inversion,        # Inversion with its pictures
+    inv:Inversion,        # Inversion with its pictures; TypeError for another thing
     edges=(1, 2, 4, 8),   # Where bands meet, cycles along the shorter side of the picture, rising
     **kw,                 # Passed to `Shares`: level, n_boot, seed
 )->Shares:                # A share for each of len(edges)+1 bands

@@ -52,9 +52,15 @@ def random_model(
         e = build_encoder(trunk, 'simple', g.n_styles, g.style_dim, input_size=side, **kw)
         return _tamed(ReStyle(e, g), random_pictures(4, side), random_pictures(4, side))
 
-def random_pictures(n, side, channels=3): # (n,channels,side,side) in [-1,1], smooth
+def random_pictures(
+    n,          # How many
+    side,       # Height and width, pixels
+    channels=3, # Planes of each
+)->torch.Tensor: # (n,channels,side,side) in [-1,1]
+    "Smooth noise, from the global random numbers."
     return F.interpolate(torch.randn(n, channels, 8, 8), size=side, mode='bicubic', align_corners=False).clamp(-1, 1)
 
+# %% ../nbs/08b_bench.ipynb #bf9beac2
 @torch.no_grad()
 def _tamed(net, x, y):
     "Pictures of spread 1/2 and small residuals, so that the loop settles, as it does once trained, and does not magnify rounding from step to step"
@@ -292,9 +298,13 @@ class Ceilings(NamedTuple):
     products:dict # Form -> multiply-adds a second
     streams:dict  # Form -> bytes a second, read and written
     @property
-    def product(self): return max(self.products.values())
+    def product(self):
+        "The best product measured, operations a second."
+        return max(self.products.values())
     @property
-    def stream(self): return max(self.streams.values())
+    def stream(self):
+        "The best stream measured, bytes a second."
+        return max(self.streams.values())
     def __str__(self):
         best = lambda d, unit: ', '.join(f'{k} {v/1e9:.0f}' for k, v in d.items()) + unit
         return best(self.products, ' billion multiply-adds a second') + '; ' + best(self.streams, ' GB/s')
@@ -468,16 +478,23 @@ class Bench:
     ): self.rows, self.facts, self.growth = list(rows), dict(facts), list(growth)
 
     @property
-    def shapes(self): return list(dict.fromkeys(Shape(*(r[k] for k in Shape._fields)) for r in self.rows))
-    def of(self, shape): return [r for r in self.rows if all(r[k] == v for k, v in shape._asdict().items())] # The rows of one shape
-    def row(self, shape, form='fast'): return next(r for r in self.of(shape) if r['form'] == form)           # One row
+    def shapes(self):
+        "Each `Shape` that was measured, in order."
+        return list(dict.fromkeys(Shape(*(r[k] for k in Shape._fields)) for r in self.rows))
+    def of(self, shape):
+        "The rows of one `shape`, a `list` of dicts."
+        return [r for r in self.rows if all(r[k] == v for k, v in shape._asdict().items())]
+    def row(self, shape, form='fast'):
+        "The row of one `shape` and `form`, a `dict`."
+        return next(r for r in self.of(shape) if r['form'] == form)
 
-    def save(self, path): # Write as JSON
+    def save(self, path):
+        "Write it to the file `path` as JSON."
         with atomic_write(Path(path)) as tmp: tmp.write_text(json.dumps(dict(facts=self.facts, rows=self.rows, growth=self.growth), indent=1, default=float) + '\n')
 
     @classmethod
     def load(cls, path):
-        "What `save` wrote. BenchError naming the file if it holds something else."
+        "The `Bench` that `save` wrote to the file `path`. BenchError naming the file if it holds something else."
         try: return cls(**json.loads(Path(path).read_text()))
         except (ValueError, TypeError) as e: raise BenchError(f'{path}: not a file that restyle_bench wrote ({e})') from None
 

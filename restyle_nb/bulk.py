@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, torch
+import numpy as np, torch, restyle_nb.fast
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -60,7 +60,10 @@ _bytes, KEEP = dict(float16=2, float32=4), ('last', 'best', 'all')
 # %% ../nbs/08a_bulk.ipynb #27b95ad5
 class Names:
     "A list of names in two arrays: their bytes one after another, and where each ends."
-    def __init__(self, text, ends): self.text, self.ends = text, ends # uint8 (characters,), int64 (n,)
+    def __init__(self,
+        text, # uint8 (characters,), the names one after another, as the file system writes them
+        ends, # int64 (n,), where each ends
+    ): self.text, self.ends = text, ends
     def __len__(self): return len(self.ends)
     def __getitem__(self, i):
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
@@ -71,7 +74,8 @@ class Names:
     @classmethod
     def of(cls,
         names, # Strings or bytes; anything that yields them, once
-    ):
+    )->'Names': # In their order
+        "The names of a listing, of any length, packed."
         text, ends = bytearray(), array('q')
         for o in names:
             text += os.fsencode(o)
@@ -421,7 +425,7 @@ def invert_all(
         m = _read_json(out/'manifest.json')
         source = _listing(out, m['folder']) if m['folder'] else _source(pictures)
         missing = _missing(out, m, team)
-        if fast and missing: net = _fast(net)
+        if fast and missing: net = net.fast()
         _work(net, source, out, m, missing[team.rank::team.size], batch_size, workers, on_error, progress if team.main else False)
         for k in missing:
             while not _place(out, k).exists(): time.sleep(.2)
@@ -429,10 +433,6 @@ def invert_all(
     return Codes(out)
 
 # %% ../nbs/08a_bulk.ipynb #1dd0d7aa
-def _fast(net):
-    import restyle_nb.fast
-    return net.fast()
-
 def _check(net, settings, batch_size, on_error):
     for k, allowed in dict(keep=KEEP, dtype=tuple(_bytes)).items():
         if settings[k] not in allowed: raise BulkError(f'{k} must be one of {", ".join(allowed)}, got {settings[k]!r}')
@@ -559,13 +559,17 @@ class Codes:
     def __reduce__(self): return Codes, (self.folder, not self.complete) # maps its files anew in another process
     def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
     @property
-    def n_steps(self): return self.manifest['settings']['n_steps']
+    def n_steps(self)->int: # Of each picture, if it did not stop early
+        "Refinement steps that were asked for."
+        return self.manifest['settings']['n_steps']
     @property
-    def shape(self): # Of all codes together
+    def shape(self)->tuple: # (n,n_styles,style_dim), or (n,n_steps+1,n_styles,style_dim) where every step was kept
+        "Shape of all codes together."
         s = self.manifest['settings']
         return len(self), *([self.n_steps + 1] if s['keep'] == 'all' else []), *self.manifest['code']
     @property
-    def bad(self): # Pictures that could not be inverted: number, name, why
+    def bad(self)->list: # Mappings with `number`, `name` and `why`
+        "Pictures that could not be inverted."
         return [dict(number=i, name=name, why=why) for k in self.shards for i, name, why in _meta(_place(self.folder, k))['bad']]
 
 # %% ../nbs/08a_bulk.ipynb #f1097069
@@ -617,7 +621,9 @@ class _NamesOf:
         return Names(f.get_tensor('names'), f.get_tensor('name_ends'))[row]
 
 @patch(as_prop=True)
-def names(self:Codes): return _NamesOf(self)
+def names(self:Codes)->_NamesOf: # As a list would be read: `len`, `[i]`, slices; nothing is loaded before
+    "Names of the pictures, in the order of the codes."
+    return _NamesOf(self)
 
 @patch
 def __repr__(self:Codes):

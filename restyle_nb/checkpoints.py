@@ -56,7 +56,7 @@ def write_weights(
     half:bool=False,  # Store large weights as float16?
     **facts,          # Anything else for the header, as JSON
 )->Path:              # The file
-    "Write tensors with a header that says what they are; atomic."
+    "Write tensors with a header that says what they are; atomic. `CheckpointError` if the place cannot be written."
     path = Path(path)
     header = json.dumps(dict(facts, format=FORMAT, kind=kind, config=config), sort_keys=True)
     tensors = {k: stored(k, v, half) for k, v in tensors.items()}
@@ -85,7 +85,7 @@ def save_encoder(
     half:bool=False,  # Large weights as float16?
     **facts,          # Notes for the header
 )->Path:              # The file
-    "Save an encoder and its geometry, without the generator."
+    "Save an encoder and its geometry, without the generator. `CheckpointError` for a folded one, or a place that cannot be written."
     if isinstance(encoder, ReStyle): geometry, encoder = geometry or encoder.geometry, encoder.encoder
     if getattr(encoder, 'folded', False): raise CheckpointError(f'{path}: a folded encoder has lost its norms; save the one it was made from')
     geometry = geometry or getattr(encoder, 'geometry', None)
@@ -102,7 +102,7 @@ def save_restyle(
     half:bool=False,  # Large weights as float16?
     **facts,          # Notes for the header
 )->Path:              # The file
-    "Save a whole model: encoder, generator, average code and geometry."
+    "Save a whole model: encoder, generator, average code and geometry. `CheckpointError` for a folded one, or a place that cannot be written."
     e, g = net.encoder, net.generator
     if getattr(e, 'folded', False): raise CheckpointError(f'{path}: a folded encoder has lost its norms; save the net it was made from')
     tensors = {**_under('encoder.', e.state_dict()), **_under('generator.', g.state_dict())}
@@ -119,7 +119,7 @@ def kind_of_file(
     "Tell a weight file by its first bytes; `CheckpointError` for anything else."
     path = Path(path).expanduser()
     if not path.exists(): raise CheckpointError(f'{path}: no such file; check the path')
-    if not path.is_file(): raise CheckpointError(f'{path}: is a folder; give the weight file inside it')
+    if not path.is_file(): raise CheckpointError(f'{path}: is a folder; give the weight file inside it, such as model.safetensors')
     try: size, head = path.stat().st_size, path.open('rb').read(64)
     except OSError as e: raise CheckpointError(f'{path}: cannot be read ({e.strerror}); check its permissions') from e
     if size > MAX_BYTES: raise CheckpointError(f'{path}: {size/2**30:.0f} GiB, more than the {MAX_BYTES/2**30:.0f} GiB read here; is it the right file?')
@@ -143,28 +143,36 @@ class Stored:
     offset:int           # First number, counted from the start of the storage
     shape:tuple          # Shape
     stride:tuple         # Numbers to skip for one step along each axis
-
     device = torch.device('cpu')
     @property
-    def ndim(self): return len(self.shape)
-    def numel(self): return math.prod(self.shape)
+    def ndim(self):
+        "Number of dimensions."
+        return len(self.shape)
+    def numel(self):
+        "How many numbers it has, as a tensor's `numel()`."
+        return math.prod(self.shape)
     @property
-    def nbytes(self): return self.numel() * self.dtype.itemsize
+    def nbytes(self):
+        "Bytes that its numbers take."
+        return self.numel() * self.dtype.itemsize
     @property
-    def extent(self): return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride)) if self.numel() else 0
+    def extent(self):
+        "Numbers from its first to its last in the file, with those that lie between."
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride)) if self.numel() else 0
     @property
-    def whole(self): # are all its numbers in the file?
+    def whole(self):
+        "Are all its numbers in the file?"
         return self.nbytes <= self.room and (self.offset + self.extent) * self.dtype.itemsize <= self.room
-
     def read(self)->torch.Tensor: # Contiguous, on the CPU, nobody else's
-        "Fetch the numbers."
+        "Fetch the numbers. `CheckpointError` if the file ends before."
         out = torch.empty(self.extent * self.dtype.itemsize, dtype=torch.uint8)
         with self.path.open('rb') as f:
             f.seek(self.start + self.offset * self.dtype.itemsize)
             if f.readinto(out.numpy()) != len(out): raise CheckpointError(f'{self.path}: ended while it was read; fetch the file again')
         return out.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
-    def detach(self): return self.read()
+    def detach(self): "As `read()`."; return self.read()
 
+# %% ../nbs/04_checkpoints.ipynb #33f820fe
 def fetch(
     t, # Tensor or `Stored`
 )->torch.Tensor: # On the CPU, nobody else's
@@ -314,7 +322,7 @@ def _flat(o, prefix='', seen=None):
 def look(
     src, # Path, or an already loaded mapping of tensors
 )->Source:
-    "What a file holds, its numbers still unread; nothing in it is run."
+    "What a file holds, its numbers still unread; nothing in it is run. Anything but weights is refused: `CheckpointError` says why."
     if isinstance(src, Source): return src
     if isinstance(src, Mapping): return _bounded(_from_mapping(src, 'the mapping'))
     if not isinstance(src, (str, os.PathLike)):
@@ -394,7 +402,8 @@ class _Hollow(TorchFunctionMode):
             if name in ('mul', '__mul__', '__rmul__', 'div', '__truediv__') and t.is_floating_point() and isinstance(args[-1], (int, float)): return t
         return func(*args, **kwargs)
 
-def finite(t): # without a temporary the size of `t`
+def finite(t):
+    "`True` if all numbers of the tensor `t` are; without a temporary of its size."
     return not t.is_floating_point() or not t.numel() or all(math.isfinite(o) for o in t.aminmax())
 
 def _misfits(wrong, want, where):
@@ -429,7 +438,7 @@ def assemble(
     own:bool=False,  # Are these tensors nobody else's, to be kept without a copy?
     module=None,     # What `hollow` made of it, if that was asked before
 ):                   # The module, in evaluation mode
-    "Build a module around these tensors, none missing, none left over, every shape right, every number finite."
+    "Build a module around these tensors, none missing, none left over, every shape right, every number finite: else `CheckpointError`."
     module = module or hollow(make, tensors, where, name)
     want, tensors, wrong = module.state_dict(), dict(tensors), []
     for k, v in want.items():
@@ -452,9 +461,12 @@ def _convert(make, tensors, source, name):
     return assemble(make, tensors(fetch), source.name, name, own=True, module=module)
 
 # %% ../nbs/04_checkpoints.ipynb #2db4f89e
+_ALONE = 'a generator without an encoder; train one for it (restyle_train --generator FILE --data …), or search for codes without one (optimize.project)'
+
 def _own(source, kind):
     "Tensors and configuration of one kind of thing in a file of ours."
     has, config = source.header['kind'], source.header['config']
+    if (has, kind) == ('generator', 'encoder'): raise CheckpointError(f'{source.name}: {_ALONE}')
     if has == kind: return source.tensors, config
     if has == 'restyle' and kind in config: return _below(kind + '.', source.tensors), config[kind]
     raise CheckpointError(f'{source.name}: holds {has!r}, asked for {kind!r}; read it with read_{has}')
@@ -490,7 +502,7 @@ def _geometry(source):
 # %% ../nbs/04_checkpoints.ipynb #45b72711
 def settle_average(
     g:Generator,              # Its `latent_avg` is set in place
-    avg:torch.Tensor|None,    # Stored average (n_styles,style_dim), (style_dim,), or None
+    avg:torch.Tensor|None,    # Stored average (n_styles,style_dim), (style_dim,), or None; `CheckpointError` for another shape or infinite numbers
     where:str,                # File, for messages
 )->Generator:                 # The same generator
     "Give a generator its average code, stored or estimated, and note which."
@@ -648,7 +660,7 @@ ENCODERS = dict(BackboneEncoder='simple', ResNetBackboneEncoder='simple', Progre
 def head_of(
     names,              # Names of the encoder's tensors
     opts:dict={},       # Options stored with it
-    head:str|None=None, # What the user says
+    head:str|None=None, # What the user says; `CheckpointError` for an unknown one, or one that the tensors cannot be
     where:str='the mapping', # File, for messages
 )->str:                 # One of `HEADS`
     "How codes are put together: as told, else as in the options, else what the tensors allow."
@@ -667,7 +679,7 @@ def encoder_plan(
     head:str|None=None,    # One of `HEADS`; None: from `opts`, else from the names
     where:str='the mapping', # File, for messages
 )->dict:                   # Arguments of `build_encoder`
-    "Read an encoder's architecture off the names and shapes of its tensors."
+    "Read an encoder's architecture off the names and shapes of its tensors. `CheckpointError` names what is missing."
     first = next((k for k in ('input_layer.0.weight', 'conv1.weight') if len(shapes.get(k, ())) == 4), None)
     if first is None: raise CheckpointError(f'{where}: neither input_layer.0.weight nor conv1.weight has 4 dimensions; the trunks read here are IR-SE50 and ResNet34')
     linear = tuple(shapes.get('styles.0.linear.weight', ()))
@@ -682,7 +694,12 @@ def encoder_plan(
 def _without_styles(source):
     "What a file without style blocks is, in words."
     has = lambda *names: any(k.endswith(names) for k in source.tensors)
-    if not has('input_layer.0.weight', 'conv1.weight') or has('styles.0.convs.0.weight') or source.header: return None
+    if source.header or has('styles.0.convs.0.weight'): return None
+    if has('trunk.stem.weight', 'trunk.input_layer.0.weight', 'trunk.conv1.weight'):
+        return 'a checkpoint of a training, not a model; give the folder of the run, or its model.safetensors (Trainer.resume goes on from it)'
+    if has('input.input', 'synthesis.b4.const') or 'const' in source.tensors:
+        return _ALONE
+    if not has('input_layer.0.weight', 'conv1.weight'): return None
     if has('output_layer.3.weight'): return 'a face-recognition trunk without style blocks; give a pSp, e4e or ReStyle encoder, or start one from this trunk with read_trunk'
     if has('output_layer_2.3.weight') or has('body.23.res_layer.1.weight') and has('linear.weight'):
         return 'an encoder into W, one code from the averaged last map; the encoders read here have a block styles.J for each style'
@@ -710,7 +727,7 @@ def read_encoder(
     src,                # Path or mapping: our own file, or the encoder inside a published checkpoint
     head:str|None=None, # One of `HEADS`, where the file does not say
 )->Encoder:
-    "An encoder with trunk, head, styles and channels read from the file; `.geometry` if the file has one."
+    "An encoder with trunk, head, styles and channels read from the file; `.geometry` if the file has one. `CheckpointError` says what is wrong with the file."
     source = look(src)
     if source.header: return _own_encoder(source)
     return _published_encoder(source, head)
@@ -785,7 +802,7 @@ def _absolute(source, e, g):
 
 # %% ../nbs/04_checkpoints.ipynb #8227662c
 def publish_restyle(
-    net:ReStyle,  # A model of ours with an IR-SE50 or ResNet34 trunk
+    net:ReStyle,  # A model of ours with an IR-SE50 or ResNet34 trunk, not folded; ValueError for another
     **opts,       # Training options to keep with it, such as dataset_type='cars_encode'
 )->dict:          # `{state_dict, latent_avg, opts}`, ready for `torch.save`
     "The inverse of `read_restyle`."

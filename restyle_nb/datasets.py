@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'PATIENCE', 'SCHEMES', 'Look', 'Report', 'look_over', 'Shard
            'fetch_url', 'Shards']
 
 # %% ../nbs/00a_datasets.ipynb #ccad2eec
-import hashlib, io, json, os, sys, tarfile, time, torch, urllib.parse, urllib.request, warnings
+import hashlib, io, json, os, sys, tarfile, threading, time, torch, urllib.parse, urllib.request, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,14 +78,14 @@ def _digest(path):
 @dataclass(frozen=True, slots=True)
 class Look:
     "What was found in one file: `kind` is empty for a picture that can be used, `odd` names what is unusual about it."
-    path:Path
-    kind:str=''
-    why:str=''
-    height:int=0
-    width:int=0
-    grey:bool=False
-    odd:tuple=()
-    digest:str=''
+    path:Path # The file
+    kind:str='' # One of `KINDS` that cannot be used, or ''
+    why:str='' # What the reader of the file said
+    height:int=0 # Pixels
+    width:int=0 # Pixels
+    grey:bool=False # One channel, or three that are equal?
+    odd:tuple=() # Kinds of what is unusual
+    digest:str='' # Hash of the content, which copies share
     def __str__(self):
         _,what,todo = KINDS[self.kind or 'copy']
         return f'{self.path}: {what}{f" ({self.why})" if self.why else ""}; {todo}' if self.kind else f'{self.path}: {self.height}x{self.width}'
@@ -138,7 +138,12 @@ def _odd(path, im, x):
 # %% ../nbs/00a_datasets.ipynb #9b925703
 class Report:
     "What `look_over` found: `good` paths, `bad` looks, `odd` {kind: paths}, recommended `size` and `channels`."
-    def __init__(self, folder, looks, others=0, size=None):
+    def __init__(self,
+        folder,    # What was looked at, for messages; None: a list
+        looks,     # A `Look` at each file
+        others=0,  # Files that are no pictures by their name
+        size=None, # Side to train at; None: the largest power of two that nine of ten pictures reach, at most 1024
+    ):
         self.folder, self.looks, self.others = folder, looks, others
         self.bad, fine = [o for o in looks if o.kind], [o for o in looks if not o.kind]
         self.good = [o.path for o in fine]
@@ -197,7 +202,7 @@ def _look_all(paths, workers):
 # %% ../nbs/00a_datasets.ipynb #a903b6bb
 @patch
 def rows(self:Report):
-    "One dict a kind: what cannot be used first."
+    "Yields one `dict` a kind: what cannot be used first."
     found = {}
     for o in self.bad: found.setdefault(o.kind, []).append(self._short(o.path) + f' ({o.why})'*(o.kind == 'foreign'))
     found |= {kind: [self._short(p) for p in paths] for kind,paths in self.odd.items()}
@@ -230,7 +235,7 @@ def __repr__(self:Report):
 # %% ../nbs/00a_datasets.ipynb #990b0af2
 @patch
 def insist(self:Report):
-    "Go on only if every file can be used: else an ImageError that names the first ones."
+    "The `Report` itself if every file can be used, else an ImageError that names the first ones."
     if self.bad: raise ImageError(f'{self.folder or "the files"}: {len(self.bad)} of {len(self)} pictures cannot be used: ' + '; '.join(map(str, self.bad[:5])) + '; …'*(len(self.bad) > 5))
     return self
 
@@ -282,8 +287,12 @@ class PictureFiles(_Lazy):
         self.paths = image_files(paths, recursive) if isinstance(paths, (str, os.PathLike)) else list(paths)
         self.n,self.size,self.channels,self.on_error,self.skipped = len(self.paths),size,channels,on_error,{}
         if not self.n: raise ImageError('PictureFiles: the list of files is empty; add pictures')
-    def name(self, i): return str(self.paths[i])
-    def read(self, i): return load_image(self.paths[i], self.size, self.channels) # (C,H,W) float
+    def name(self, i):
+        "What picture `i` is called in messages, a `str`: its path."
+        return str(self.paths[i])
+    def read(self, i):
+        "Picture `i`, (C,H,W) in [-1,1]. ImageError if it cannot be read."
+        return load_image(self.paths[i], self.size, self.channels)
 
 # %% ../nbs/00a_datasets.ipynb #a26108e3
 def write_shards(
@@ -293,7 +302,7 @@ def write_shards(
     seed=0,          # They are dealt to the shards at random by this seed; None keeps their order
     recursive=False, # Look into folders inside it too?
 )->Path:             # The index, which `Shards` takes
-    "Pictures, as they are, in tar files of the webdataset kind beside an `index.json`. Each file is written whole or not at all."
+    "Pictures, as they are, in tar files of the webdataset kind beside an `index.json`. Each file is written whole or not at all. ImageError for a picture that cannot be read."
     if per_shard < 1: raise ImageError(f'write_shards: per_shard must be at least 1, got {per_shard}')
     one = isinstance(paths, (str, os.PathLike))
     root = Path(paths) if one else None
@@ -381,7 +390,7 @@ def _read_index(src, fetch):
 class Shards(_Lazy):
     "Pictures in tar files, local or fetched when needed into a cache of limited size. Only members with the suffix of a picture are read, by `load_image`."
     def __init__(self,
-        src,               # Folder of tar files, pattern, index.json or URL of one, URL with {000..099}, or list of such
+        src,               # Folder of tar files, pattern, index.json or URL of one, URL with {000..099}, or list of such; ShardError where there are no pictures
         size,              # (H,W) or int: each is cut and resized to this
         channels=3,        # 1 to 4
         on_error='raise',  # As in `PictureFiles`
@@ -415,18 +424,28 @@ def _where(self:Shards, i): # Shard, and place in it
     return k, i - int(self.ends[k]) + self.counts[k]
 
 @patch
-def name(self:Shards, i): # Shard and member
+def name(self:Shards, i):
+    "What picture `i` is called in messages, a `str`: shard and member."
     k,j = self._where(i)
-    return f'{self.urls[k].rsplit("/", 1)[-1]}/{self._table(k)[1][j][0]}'
+    return f'{Path(self.urls[k]).name}/{self._table(k)[1][j][0]}'
 
 @patch
-def read(self:Shards, i): # (C,H,W) float
+def read(self:Shards, i):
+    "Picture `i`, (C,H,W) in [-1,1]. ImageError if it cannot be read."
     k,j = self._where(i)
     fd,members = self._table(k)
     _,at,n = members[j]
-    if _scheme(self.urls[k]): os.utime(fd) # in use: not the next to be deleted
-    try: return load_image(os.pread(fd, n, at), self.size, self.channels)
+    if _scheme(self.urls[k]) and os.utime in os.supports_fd: os.utime(fd) # in use: not the next to be deleted
+    try: return load_image(_read_at(fd, n, at), self.size, self.channels)
     except ImageError as e: raise ImageError(f'{self.name(i)}: {str(e).split(": ", 1)[-1]}') from None
+
+_turn = threading.Lock()
+
+def _read_at(fd, n, at):
+    if hasattr(os, 'pread'): return os.pread(fd, n, at)
+    with _turn:    # Windows has one place in a file for all threads
+        os.lseek(fd, at, os.SEEK_SET)
+        return os.read(fd, n)
 
 # %% ../nbs/00a_datasets.ipynb #9ca55ac8
 def _members(fd, url):
@@ -471,7 +490,10 @@ def __getstate__(self:Shards): return self.__dict__ | dict(_tables=OrderedDict()
 @contextmanager
 def _alone(path):
     "One process at a time; the lock ends with its holder, however that ends."
-    import fcntl
+    try: import fcntl
+    except ImportError:    # Windows: two may fetch the same shard, each writes it whole
+        yield
+        return
     with open(path, 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
@@ -481,7 +503,7 @@ def _get(self:Shards, k):
     "Shard k, open for reading; fetched if it is not there."
     url = self.urls[k]
     try:
-        if not _scheme(url): return os.open(url, os.O_RDONLY)
+        if not _scheme(url): return _open_file(url)
     except OSError as e: raise ShardError(f'{url}: cannot be opened ({_short(e.strerror or e)}); restore it, or write the shards again') from None
     path = self.cache/f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urllib.parse.urlparse(url).path).name}'
     with _alone(path.with_suffix('.lock')):
@@ -490,7 +512,9 @@ def _get(self:Shards, k):
             self._make_room(self.bytes[k] or 0)
             self._fetch(url, path, self.bytes[k])
             self._make_room(0, keep=path)
-        return os.open(path, os.O_RDONLY) # open before another process may delete it
+        return _open_file(path) # before another process may delete it
+
+def _open_file(path): return os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
 
 # %% ../nbs/00a_datasets.ipynb #3f20c7c2
 def _chunks(src):
@@ -522,7 +546,8 @@ def _make_room(self:Shards, size, keep=None):
     for p in sorted(held, key=lambda p: held[p].st_mtime):
         if total <= self.limit: break
         if p != keep:
-            p.unlink(missing_ok=True)
+            try: p.unlink(missing_ok=True)
+            except PermissionError: continue    # Windows keeps what somebody reads
             total -= held[p].st_size
 
 def _stat(path):

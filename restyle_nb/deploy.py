@@ -73,8 +73,8 @@ def _trace(module, batch):
 # %% ../nbs/04a_deploy.ipynb #29ec5dc4
 @torch.no_grad()
 def step_program(
-    net:ReStyle,         # Any model, folded or not
-    batch:int|None=None, # Pictures at a time; None: any number
+    net:ReStyle,         # Any model, folded or not; TypeError for another thing
+    batch:int|None=None, # Pictures at a time, ValueError below 1; None: any number
 )->torch.export.ExportedProgram: # (x, w, y) to (w, y, delta) after one refinement
     "One refinement as a program of tensor operations. `ExportError` says what does not trace."
     _check(net, batch)
@@ -82,9 +82,9 @@ def step_program(
 
 @torch.no_grad()
 def loop_program(
-    net:ReStyle,           # Any model, folded or not
-    n_steps:int|None=None, # Steps; None: `net.passes`, or 1 for an encoder that sees `x` only
-    batch:int|None=None,   # Pictures at a time; None: any number
+    net:ReStyle,           # Any model, folded or not; TypeError for another thing
+    n_steps:int|None=None, # Steps, ValueError below 1; None: `net.passes`, or 1 for an encoder that sees `x` only
+    batch:int|None=None,   # Pictures at a time, ValueError below 1; None: any number
     every:bool=False,      # Every step's codes as well?
 )->torch.export.ExportedProgram: # x to (w, y) after the last step, and codes (B,n_steps,n_styles,style_dim)
     "The whole loop, `ReStyle.steps` itself, as a program of tensor operations. `ExportError` says what does not trace."
@@ -176,7 +176,7 @@ def _write(model, path):
 # %% ../nbs/04a_deploy.ipynb #3de60e4c
 @torch.no_grad()
 def export_onnx(
-    net:ReStyle,           # Any model, folded or not
+    net:ReStyle,           # Any model, folded or not; TypeError for another thing
     path,                  # File to write; .onnx is added where the suffix is missing
     what:str='loop',       # 'loop': x to (w, y); 'step': (x, w, y) to (w_next, y_next, delta), where w and y may be left out: the average
     n_steps:int|None=None, # Steps of the loop; None: `net.passes`
@@ -185,7 +185,7 @@ def export_onnx(
     every:bool=False,      # Loop: give every step's codes as well?
     opset:int=OPSET,       # Version of the operators
 )->Path:                   # The file written; weights beyond 2 GiB lie in `<path>.data` beside it
-    "Write a step or the whole loop as ONNX, with what a reader has to know in its metadata. `ExportError` says what does not go."
+    "Write a step or the whole loop as ONNX, with what a reader has to know in its metadata. `ExportError` says what does not go, ValueError which argument is none."
     _check(net, batch, n_steps)
     _needs('onnx', 'onnxscript')
     if what not in ('step', 'loop'): raise ValueError(f"what is {what!r}, expected 'step' or 'loop'")
@@ -208,7 +208,7 @@ def export_onnx(
 def onnx_facts(
     path, # File that `export_onnx` wrote, or an `onnxruntime.InferenceSession` of it
 )->dict:  # kind, n_steps, geometry, passes, n_styles, style_dim, generator, fingerprint, …
-    "What a file says of itself. `ExportError` if it is none of ours."
+    "What a file says of itself. `ExportError` if it is none of ours, FileNotFoundError if it is not there."
     session = _session(path) if isinstance(path, (str, os.PathLike)) else path
     text = session.get_modelmeta().custom_metadata_map.get('restyle_nb')
     if text is None: raise ExportError(f'{path}: an ONNX file, but not one that export_onnx wrote')
@@ -230,7 +230,7 @@ def _variations(net, n):
 
 @torch.no_grad()
 def check_onnx(
-    path,           # File that `export_onnx` wrote
+    path,           # File that `export_onnx` wrote; FileNotFoundError if it is not there
     net:ReStyle,    # The model it was written from
     x:torch.Tensor|None=None, # Targets (B,C,*geometry.encoder); the first alone, and all of them, are tried. None: three faint variations of the average
     tol:float|None=None, # Largest difference, as a share of the spread of what the model gives; None: 1e-4, or 5e-2 for float16 weights
@@ -256,7 +256,7 @@ def check_onnx(
 def save_inference(
     net,                 # `ReStyle` model, or a path: a published checkpoint (.pt), or a file of ours
     path,                # File to write (.safetensors)
-    dtype:str='float16', # Of the large weights: 'float16' or 'float32'
+    dtype:str='float16', # Of the large weights: 'float16' or 'float32', ValueError for another
 )->Path:                 # The file, which `load_model(path)` reads
     "Encoder, generator, average code and geometry, and nothing that only training needs. `CheckpointError` says what is wrong with a file."
     if dtype not in ('float16', 'float32'): raise ValueError(f"dtype is {dtype!r}, expected 'float16' or 'float32'")

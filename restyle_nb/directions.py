@@ -26,7 +26,7 @@ def _draw(g, w): return edit(g, w, {}, batch_size=len(w)).y.clamp(-1, 1)
 
 # %% ../nbs/10a_directions.ipynb #aaaaadf1
 def readings(
-    score,           # Function pictures -> (B,) or -> mapping name -> (B,); mapping name -> function; or an object with such a `predict`
+    score,           # Function pictures -> (B,) or -> mapping name -> (B,); mapping name -> function; or an object with such a `predict`. ValueError for answers of another shape
     x:torch.Tensor,  # Pictures (B,C,H,W) in [-1,1]
 )->dict:             # name -> (B,) float32 on the CPU
     "What a score says of pictures. Several numbers under one name become 'name 0', 'name 1', …; 'glasses' of the judge becomes the chance that some are worn."
@@ -102,7 +102,7 @@ def boundary(
     n=2000,        # Samples
     seed=0,        # Of the samples
 )->Direction:      # One standard deviation long; its origin is on the plane
-    "The direction from little to much of something (InterFaceGAN). `ValueError` for scores, names and labels that do not fit."
+    "The direction from little to much of something (InterFaceGAN, Shen et al. 2020). `ValueError` for scores, names and labels that do not fit."
     g = _bare(generator)
     if space not in ('w', 'style'): raise ValueError(f"space is {space!r}, expected 'w' or 'style'; codes (N,n_styles,style_dim) give a direction in W+")
     if codes is None:
@@ -140,7 +140,7 @@ def _chosen(scores, name):
 # %% ../nbs/10a_directions.ipynb #801948e0
 def boundaries(
     generator,    # `Generator` or `ReStyle`
-    score=None,   # As in `boundary`
+    score=None,   # As in `boundary`; ValueError where there are neither a score nor samples
     names=None,   # Which of the scores; None: all
     samples=None, # Or: `Samples` that were read already
     n=2000,       # Samples
@@ -175,7 +175,7 @@ def pca(
     layers=None,   # Styles that they will move, see `layers_of`
     seed=0,        # Of the samples
 )->list:           # `Direction`s, the longest first; their origin is the mean code
-    "The directions in which mapped codes vary most (GANSpace). `ValueError` for more than there are."
+    "The directions in which mapped codes vary most (GANSpace, Härkönen et al. 2020). `ValueError` for more than there are."
     from sklearn.decomposition import PCA
     g = _bare(generator)
     w = mapped_codes(g, samples, seed).double().cpu()
@@ -192,7 +192,7 @@ def sefa(
     samples=10000,  # Mapped codes, for nothing but the unit
     seed=0,         # Of the samples
 )->list:            # `Direction`s, the one with most effect first; their origin is the mean code
-    "The directions to which the layers react most (SeFa), in closed form. `ValueError` for layers without a convolution, or more than there are."
+    "The directions to which the layers react most, in closed form (SeFa, Shen & Zhou 2021). `ValueError` for layers without a convolution, or more than there are."
     g = _bare(generator)
     chosen = layers_of(g, layers)
     A = [o.affine.weight.double().cpu()*o.affine.scale for i, o in enumerate(g.convs) if i in chosen]      # (channels,style_dim) each
@@ -215,9 +215,13 @@ class Effects:
     strength:float     # Of the move, in the direction's unit
 
     @property
-    def change(self): return self.moved.mean(-1)                                             # (D,A)
+    def change(self):
+        "Mean change of each attribute (columns) by each direction (rows), (D,A)."
+        return self.moved.mean(-1)
     @property
-    def agree(self): return (self.moved*self.change.sign()[..., None] > 0).double().mean(-1) # (D,A)
+    def agree(self):
+        "Share of the pictures that change the way their mean does, (D,A)."
+        return (self.moved*self.change.sign()[..., None] > 0).double().mean(-1)
 
 # %% ../nbs/10a_directions.ipynb #353bf8db
 def _listed(directions):
@@ -262,7 +266,7 @@ def best(self:Effects,
 
 @patch
 def side(self:Effects,
-    name,  # Name of a direction
+    name,  # Name of a direction; ValueError for an unknown one
     n=3,   # How many
 )->dict:   # attribute -> change, the largest first; its own attribute left out
     "The largest side effects of a direction."
@@ -272,8 +276,8 @@ def side(self:Effects,
 
 @patch
 def only(self:Effects,
-    names=None,      # Directions to keep; None: all
-    attributes=None, # Attributes to keep; None: all
+    names=None,      # Directions to keep, ValueError for an unknown one; None: all
+    attributes=None, # Attributes to keep, ValueError for an unknown one; None: all
 )->Effects:
     "A part of it, in the order given."
     names, attributes = names or self.names, attributes or self.attributes

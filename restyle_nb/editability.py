@@ -31,9 +31,13 @@ class Editability:
     target:float=.5 # Change at which methods are compared, standard deviations
 
     @property
-    def methods(self): return list(self.response)
+    def methods(self):
+        "Names of the methods, in order."
+        return list(self.response)
     @property
-    def zero(self): return self.strengths.tolist().index(0)
+    def zero(self):
+        "Number of the strength that is 0."
+        return self.strengths.tolist().index(0)
     def __repr__(self): return f'Editability of {", ".join(self.methods)}: {", ".join(self.names)} on {self.samples.shape[-1]} pictures'
 
 # %% ../nbs/10b_editability.ipynb #e02154ff
@@ -54,7 +58,7 @@ def at_change(
 def at_target(self:Editability,
     method,   # Name of a method
     what='identity', # 'identity', 'side' or 'strength'
-)->torch.Tensor: # (A,2,B): less and more; nan where the change is never reached
+)->torch.Tensor:     # (A,2,B): less and more; nan where the change is never reached
     "What each picture's own sweep shows at a change of plus and minus `target`."
     z, r = self.zero, self.response[method]
     v = self.strengths[:, None].expand_as(r) if what == 'strength' else getattr(self, what)[method]
@@ -74,9 +78,9 @@ HIGHER = dict(response=True, identity=True, side=False, reached=True, distance=F
 
 @patch
 def cells(self:Editability,
-    method,         # Name of a method
-    what='identity', # One of `HIGHER`
-    attribute=None, # Name of one attribute; None: all
+    method,         # Name of a method; ValueError for an unknown one
+    what='identity', # One of `HIGHER`, else ValueError
+    attribute=None, # Name of one attribute, ValueError for one that was not edited; None: all
 )->torch.Tensor:    # (cells,B), nan where a change was not reached
     "One measure of every picture: 'response' as a share of the samples', 'identity' and 'side' at equal change, 'reached' (1 or 0), 'distance'."
     if method not in self.response: raise ValueError(f'no method {method!r}; there are {", ".join(self.methods)}')
@@ -91,8 +95,10 @@ def cells(self:Editability,
 # %% ../nbs/10b_editability.ipynb #365d78bc
 @patch
 def mean(self:Editability,
-    method, what='identity', attribute=None, # As in `cells`
-):                  # mean, low, high
+    method,         # As in `cells`
+    what='identity', # As in `cells`
+    attribute=None, # As in `cells`
+)->tuple:           # mean, low, high
     "Mean over pictures with its 95 % bootstrap interval; nan if no picture gets there."
     v = self.cells(method, what, attribute).nanmean(0)
     v = v[v.isfinite()]
@@ -100,8 +106,10 @@ def mean(self:Editability,
 
 @patch
 def compare(self:Editability,
-    a, b,           # Names of two methods
-    what='identity', attribute=None, # As in `cells`
+    a,              # Name of a method
+    b,              # Of another
+    what='identity', # As in `cells`
+    attribute=None, # As in `cells`
 ):                  # `metrics.Difference`, a - b
     "Paired difference of two methods in one measure, with bootstrap intervals. ValueError if they have no cell in common."
     u, v = (self.cells(o, what, attribute) for o in (a, b))
@@ -253,12 +261,21 @@ class RoundTrip:
     strength:float  # Of the edit
 
     @property
-    def methods(self): return list(self.images)
+    def methods(self):
+        "Names of the methods, in order."
+        return list(self.images)
     def __repr__(self): return f'RoundTrip of {", ".join(self.methods)}: strength {self.strength:g}, {len(self.x)} pictures'
-    def values(self, method, what): return (self.found[method]|self.scores[method])[what] # (B,), behind one cell of the table
-    def mean(self, method, what): return tuple(o.item() for o in mean_interval(self.values(method, what))) # mean, low, high
-    def compare(self, a, b, what): return compare(*(Table({what: self.values(m, what)[None]}) for m in (a, b)))[what] # paired `metrics.Difference`, a - b
+    def values(self, method, what):
+        "What lies behind the cell of `method` and `what` in the table: a number for each picture, (B,)."
+        return (self.found[method]|self.scores[method])[what]
+    def mean(self, method, what):
+        "Mean of the cell of `method` and `what` in the table, and the ends of its 95 % interval: a `tuple`."
+        return tuple(o.item() for o in mean_interval(self.values(method, what)))
+    def compare(self, a, b, what):
+        "Paired `metrics.Difference` of the methods `a` and `b`, a - b, in `what`."
+        return compare(*(Table({what: self.values(m, what)[None]}) for m in (a, b)))[what]
 
+# %% ../nbs/10b_editability.ipynb #c1b5722d
 @patch
 def _repr_markdown_(self:RoundTrip):
     names = [k for part in (self.found, self.scores) for k in part[self.methods[0]]]

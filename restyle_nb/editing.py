@@ -162,7 +162,7 @@ class ForeignDirection(ValueError): "A direction was made for another generator 
 @patch
 def check(self:Direction,
     generator,  # `Generator` or `ReStyle` it is to be applied to
-    allow=None, # Names (or fingerprints) of generators whose directions may be applied elsewhere: text or several; 'unknown': those that do not say
+    allow=None, # Names (or fingerprints) of generators whose directions may be applied elsewhere: text or several; 'unknown': those that do not say. ValueError for True
 )->Direction:   # Itself
     "`ForeignDirection`, in one sentence, unless it was made for this generator, or is allowed by name and fits."
     here, home = home_of(generator), self.home
@@ -180,7 +180,7 @@ def check(self:Direction,
 @patch
 def where(self:Direction,
     w,              # Codes (B,style_dim), (B,n_styles,style_dim), or an `Inversion`
-    generator=None, # `Generator` or `ReStyle`; needed in style space
+    generator=None, # `Generator` or `ReStyle`; needed in style space, else ValueError
 )->torch.Tensor:    # (B,), in units of this direction, from its origin
     "The coordinate of codes along the direction; an edit of strength a adds a to it."
     w, v = _last(w), self.vector.double()
@@ -199,7 +199,7 @@ def where(self:Direction,
 # %% ../nbs/10_editing.ipynb #6d9d7535
 @torch.no_grad()
 def mapped_codes(
-    generator,   # `Generator` or `ReStyle`
+    generator,   # `Generator` or `ReStyle`; TypeError without a mapping network
     n:int=10000, # Samples
     seed:int=0,  # Their seed
 )->torch.Tensor: # Codes (n,style_dim)
@@ -216,7 +216,7 @@ def in_std(self:Direction,
     n:int=10000, # Mapped codes to measure
     seed:int=0,  # Of the codes
 )->Direction:    # Of the same direction and another length
-    "With the standard deviation of mapped codes along it as the unit."
+    "With the standard deviation of mapped codes along it as the unit. ValueError if they do not vary along it."
     self.check(generator)
     s = torch.cat([self.where(o, generator) for o in mapped_codes(generator, n, seed).split(500)]).std().item()
     if not s > 0: raise ValueError(f'{self.name}: mapped codes do not vary along it, so it has no unit of its own')
@@ -229,7 +229,7 @@ def save_directions(
     directions, # Mapping name -> Direction, or several of them
     path,       # File to write; `.safetensors` is added where the suffix is missing
 )->Path:        # The file
-    "Vectors exact, and all that is known of them; atomic."
+    "Vectors exact, and all that is known of them; atomic. ValueError unless each has a name of its own."
     ds = [replace(d, name=k) for k, d in directions.items()] if isinstance(directions, Mapping) else list(directions)
     path, names = Path(path), [d.name for d in ds]
     if not path.suffix: path = path.with_suffix('.safetensors')
@@ -406,7 +406,7 @@ def _strength(a, n, d):
 def edit(
     generator,         # `Generator` or `ReStyle`
     w,                 # Codes (B,n_styles,style_dim) or (B,style_dim); an `Inversion` (its last codes and its noise); an `Edited`, to go on from
-    moves,             # Mapping Direction -> strength, or list of such pairs; a strength is a number, or (B,) of them
+    moves,             # Mapping Direction -> strength, or list of such pairs, else TypeError; a strength is a number, or (B,) of them, else ValueError
     allow=None,        # Generators whose directions are trusted here, see `Direction.check`
     batch_size:int=32, # Pictures drawn at a time
 )->Edited:             # Codes and pictures
@@ -433,7 +433,8 @@ class Sweep:
     geometry:Geometry|None=None # Of the model, where one is known: what is shown is cropped by it
 
     @property
-    def titles(self): # Its strengths, as they are written above a column
+    def titles(self):
+        "Its strengths, as they are written above a column."
         unit = ' s.d.' if self.direction.unit == STD else ''
         return [f'{a:+g}{unit}' if a else '0' for a in self.strengths]
 
@@ -471,7 +472,7 @@ def _repr_png_(self:Sweep):
 # %% ../nbs/10_editing.ipynb #56634795
 def sweep(
     generator,           # `Generator` or `ReStyle`
-    w,                   # Codes, `Inversion` or `Edited`, as in `edit`
+    w,                   # Codes, `Inversion` or `Edited`, as in `edit`; ValueError for codes of another shape
     direction:Direction, # Where to go
     strengths=(-3, -2, -1, 0, 1, 2, 3), # In its unit
     allow=None,          # As in `edit`
@@ -486,7 +487,7 @@ def sweep(
 
 # %% ../nbs/10_editing.ipynb #4a3ba30f
 def show_rows(
-    rows,        # `Sweep`s, of which the first picture is shown, or tensors (T,C,H,W), each as long
+    rows,        # `Sweep`s, of which the first picture is shown, or tensors (T,C,H,W), each as long, else ValueError
     titles=None, # T texts above the columns; None: strengths of the first sweep
     names=None,  # A text left of each row; None: names of the directions
     size=.85,    # Width of a tile, inches
@@ -553,12 +554,12 @@ def without(self:Direction,
 
 # %% ../nbs/10_editing.ipynb #81dca689
 def mix(
-    a,         # Codes (B,n_styles,style_dim) or (B,style_dim), or an `Inversion`
+    a,         # Codes (B,n_styles,style_dim) or (B,style_dim), else ValueError, or an `Inversion`
     b,         # As many codes, or one
     layers,    # Styles taken from `b`, as in `layers_of`
     generator, # `Generator` or `ReStyle`
 )->torch.Tensor: # (B,n_styles,style_dim)
-    "Style mixing: `a` with some styles of `b`."
+    "Style mixing (Karras et al. 2019): `a` with some styles of `b`."
     g = _bare(generator)
     a, b = torch.broadcast_tensors(_codes(g, a).w, _codes(g, b).w)
     a, rows = a.clone(), list(layers_of(g, layers))
@@ -584,14 +585,14 @@ def _affines(generator):
         yield 2*j+1, last.affine
 
 def style_sizes(
-    generator, # `Generator` or `ReStyle`
+    generator, # `Generator` or `ReStyle`; TypeError for one without modulated convolutions of ours
 )->list:       # Channels of each modulated convolution
     "How many numbers each entry of `styles` has."
     return [a.weight.shape[0] for _, a in _affines(generator)]
 
 def styles(
-    generator, # `Generator` or `ReStyle`
-    w,         # Codes (B,n_styles,style_dim), (B,style_dim) or an `Inversion`
+    generator, # `Generator` or `ReStyle`; TypeError for one without modulated convolutions of ours
+    w,         # Codes (B,n_styles,style_dim), (B,style_dim), else ValueError, or an `Inversion`
 )->list:       # (B,channels) of each modulated convolution, in the order of synthesis
     "Style space (Wu et al. 2021): what the affine layers make of a code, one factor for every channel."
     w = _codes(_bare(generator), w).w
@@ -599,10 +600,10 @@ def styles(
 
 @contextlib.contextmanager
 def moved_styles(
-    generator,    # `Generator` or `ReStyle`
-    offsets:list, # What is added to each entry of `styles`: (B,channels), (1,channels) or None
-):
-    "Inside the block the generator draws with its styles moved; nobody else should draw with it meanwhile."
+    generator,    # `Generator` or `ReStyle`; TypeError for one without modulated convolutions of ours
+    offsets:list, # What is added to each entry of `styles`, else ValueError: (B,channels), (1,channels) or None
+):                # A context; yields nothing
+    "Inside the block the generator draws with its styles moved (style space, Wu et al. 2021); nobody else should draw with it meanwhile."
     layers = [a for _, a in _affines(generator)]
     if len(offsets) != len(layers): raise ValueError(f'offsets has {len(offsets)} entries, expected {len(layers)}, one per modulated convolution')
     hooks = [a.register_forward_hook(lambda m, i, s, o=o: s + o.to(s)) for a, o in zip(layers, offsets) if o is not None]

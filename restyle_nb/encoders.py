@@ -44,7 +44,9 @@ class Head(nn.Module):
     _stage = None
 
     @property
-    def stage(self): return self._stage # the last style with a deviation of its own; None: all
+    def stage(self):
+        "The last style with a deviation of its own; None: all have one (e4e's progressive training)."
+        return self._stage
 
     @stage.setter
     def stage(self, i):
@@ -55,7 +57,9 @@ class Head(nn.Module):
         self._stage = i
 
     @property
-    def active(self): return self.n_styles if self.stage is None else self.stage+1
+    def active(self):
+        "How many styles are computed at this stage."
+        return self.n_styles if self.stage is None else self.stage+1
 
 # %% ../nbs/02_encoders.ipynb #d02ed2ea
 class SimpleHead(Head):
@@ -77,9 +81,12 @@ class SimpleHead(Head):
         self.config = dict(n_styles=n_styles, style_dim=style_dim, spatial=list(self.spatial), width=self.width)
 
     @staticmethod
-    def stacks(n): return [range(j, j+1) for j in range(n)] # which styles read from which stack of convolutions: each from its own
+    def stacks(n):
+        "Which of the `n` styles read from which stack of convolutions, a `list` of ranges: here each from its own."
+        return [range(j, j+1) for j in range(n)]
 
-    def forward(self, f, n=None): # (b,c,h,w); the first n styles, None for all
+    def forward(self, f, n=None):
+        "Codes (B,n,style_dim) of the first `n` styles, None for all, from a map `f` (B,c,h,w). ValueError unless the convolutions halve it to 1x1."
         n,conv = n or self.n_styles,_narrow if self.width<=128 else _wide
         stacks = self.stacks(n)
         for i,c in enumerate(self.convs):
@@ -96,11 +103,12 @@ def _exporting(): return getattr(torch.compiler, 'is_exporting', lambda: False)(
 def _narrow(x, w, b, k, shared): return F.conv2d(x, w, b, stride=2, padding=1, groups=1 if shared else k)
 
 def _batched(x, w, b, k):
-    "A convolution of stride 2 in `k` groups as one batched matrix product"
-    n,(h2,v2) = len(x),((s+1)//2 for s in x.shape[-2:])
-    cols = F.unfold(x, 3, padding=1, stride=2).view(n, k, -1, h2*v2)
-    cols = cols.permute(1,0,3,2).reshape(k, n*h2*v2, -1)
-    y = torch.baddbmm(b.view(k,1,-1), cols, w.reshape(k, len(w)//k, -1).mT)
+    "A convolution of stride 2 in `k` groups as one batched matrix product; the weights stay where they lie, channels first or last"
+    n,(h2,v2),last = len(x),((s+1)//2 for s in x.shape[-2:]),not w.is_contiguous()
+    cols = F.unfold(x, 3, padding=1, stride=2).view(n, k, -1, 9, h2*v2)
+    cols = (cols.permute(1,0,4,3,2) if last else cols.permute(1,0,4,2,3)).reshape(k, n*h2*v2, -1)
+    w = (w.permute(0,2,3,1) if last else w).reshape(k, len(w)//k, -1)
+    y = torch.baddbmm(b.view(k,1,-1), cols, w.mT)
     return y.view(k, n, h2, v2, -1).permute(1,0,4,2,3).reshape(n, -1, h2, v2)
 
 def _wide(x, w, b, k, shared):
@@ -127,10 +135,15 @@ def plain(self:SimpleHead,
 # %% ../nbs/02_encoders.ipynb #84143314
 class Trunk(nn.Module):
     "Base of the trunks, which give `first`, `enter(h)`, `body`, `taps`, `in_channels`, `pyramid_channels`, `stride`, `config`"
-    def rest(self, h): return self.body(self.enter(h))
-    def forward(self, x): return self.rest(self.first(x))
+    def rest(self, h):
+        "The last map (B,c,h',w') from `h`, the first convolution's answer."
+        return self.body(self.enter(h))
+    def forward(self, x):
+        "The last map (B,c,h',w') of pictures `x` (B,in_channels,h,w)."
+        return self.rest(self.first(x))
 
-    def pyramid(self, h): # `first(x)` to the maps after the units numbered `taps`, large to small; -1 is before unit 0
+    def pyramid(self, h):
+        "The maps after the units numbered `taps` (-1: before unit 0), a `list` from large to small, from `h`, the first convolution's answer."
         h = self.enter(h)
         maps = [h] if -1 in self.taps else []
         for i,unit in enumerate(self.body):
@@ -139,7 +152,9 @@ class Trunk(nn.Module):
         return maps
 
     @property
-    def out_channels(self): return self.pyramid_channels[-1]
+    def out_channels(self):
+        "Channels of the last map."
+        return self.pyramid_channels[-1]
 
 # %% ../nbs/02_encoders.ipynb #fbaacb84
 def _conv(c_in, c_out, size=3, stride=1):
@@ -173,8 +188,12 @@ class Compact(Trunk):
         self.taps,self.config = range(len(widths)-4, len(widths)-1),dict(widths=list(widths))
 
     @property
-    def first(self): return self.stem
-    def enter(self, h): return F.leaky_relu(h, .2)
+    def first(self):
+        "The convolution that sees the pictures."
+        return self.stem
+    def enter(self, h):
+        "What comes between `h`, its answer, and the first unit: as large as `h`."
+        return F.leaky_relu(h, .2)
 
 # %% ../nbs/02_encoders.ipynb #7f6b6ec5
 class _SE(nn.Module):
@@ -199,10 +218,10 @@ class _IRUnit(nn.Module):
 
 # %% ../nbs/02_encoders.ipynb #95bcb961
 class IRSE50(Trunk):
-    "The IR-SE50 trunk of pSp, e4e and ReStyle: (B,in_channels,H,W) to (B,512,H/16,W/16); published tensor names"
+    "The IR-SE50 trunk of pSp, e4e and ReStyle (§4.1): (B,in_channels,H,W) to (B,512,H/16,W/16); published tensor names"
     def __init__(self,
         in_channels:int=6, # Channels of target and reconstruction together
-        layers:int=50, # 50, or 100 for the deep trunk of face networks
+        layers:int=50, # 50, or 100 for the deep trunk of face networks; ValueError for another
         se:bool=True, # Squeeze and excitation in every unit?
     ):
         super().__init__()
@@ -217,8 +236,12 @@ class IRSE50(Trunk):
         self.config = {} if (layers,se)==(50,True) else dict(layers=layers, se=se)
 
     @property
-    def first(self): return self.input_layer[0]
-    def enter(self, h): return self.input_layer[1:](h)
+    def first(self):
+        "The convolution that sees the pictures."
+        return self.input_layer[0]
+    def enter(self, h):
+        "What comes between `h`, its answer, and the first unit: as large as `h`."
+        return self.input_layer[1:](h)
 
 IR_UNITS = {50:(3,4,14,3), 100:(3,13,30,3)} # layers: units with 64, 128, 256 and 512 channels
 
@@ -237,7 +260,7 @@ class _ResUnit(nn.Module):
 
 # %% ../nbs/02_encoders.ipynb #597cf02e
 class ResNet34(Trunk):
-    "The ResNet34 trunk of ReStyle's other domains: (B,in_channels,H,W) to (B,512,H/16,W/16); published tensor names"
+    "The ResNet34 trunk of ReStyle's other domains, as in the published code: (B,in_channels,H,W) to (B,512,H/16,W/16); published tensor names"
     def __init__(self,
         in_channels:int=6, # Channels of target and reconstruction together
     ):
@@ -250,12 +273,16 @@ class ResNet34(Trunk):
         self.in_channels,self.pyramid_channels,self.stride,self.taps,self.config = in_channels,(128,256,512),16,(6,12,15),{}
 
     @property
-    def first(self): return self.conv1
-    def enter(self, h): return self.relu(self.bn1(h))
+    def first(self):
+        "The convolution that sees the pictures."
+        return self.conv1
+    def enter(self, h):
+        "What comes between `h`, its answer, and the first unit: as large as `h`."
+        return self.relu(self.bn1(h))
 
 # %% ../nbs/02_encoders.ipynb #8a93ecd2
 def fpn_groups(n):
-    "Styles 0-2, 3-6, 7 and later, as far as there are any"
+    "Styles 0-2, 3-6, 7 and later of `n`, as far as there are any: a `list` of ranges (coarse, medium, fine, as in the published code)."
     return [range(a, min(b, n)) for a,b in ((0,3), (3,7), (7,n)) if a<n]
 
 def _up(f, c): return F.interpolate(f, size=c.shape[-2:], mode='bilinear', align_corners=True)
@@ -266,7 +293,7 @@ class FPNHead(Head):
     taps = 'pyramid'
     def __init__(self,
         n_styles:int=18, # Styles of the generator, k
-        in_channels:tuple=(128,256,512), # Channels of the three maps, large to small
+        in_channels:tuple=(128,256,512), # Channels of the three maps, large to small; ValueError unless there are three
         style_dim:int=512, # Width of a style, d
         spatial:tuple|int=16, # Largest c3 this head will see, (h,w) or one side, in cells
         width:int|None=None, # Channels inside a block; None for `style_dim`, as published
@@ -282,6 +309,7 @@ class FPNHead(Head):
         self.config = dict(n_styles=n_styles, style_dim=style_dim, spatial=list(self.spatial), width=self.width)
 
     def forward(self, maps):
+        "Codes (B,n_styles,style_dim) from `maps`, three of (B,c,h,w), large to small."
         codes,f,n = [],None,self.active
         for head,js,lateral,c in zip(self.groups, fpn_groups(n), (None,self.latlayer1,self.latlayer2), reversed(maps)):
             f = _up(f, c)+lateral(c) if lateral else c
@@ -297,7 +325,9 @@ def _spread(codes, k): # (b,n,d), a code and n-1 deviations, to (b,k,d)
 class ProgressiveHead(SimpleHead):
     "One code and deviations from it up to `stage` (e4e; here App. A.1): (B,in_channels,h,w) to (B,n_styles,style_dim)"
     stages = True
-    def forward(self, f): return _spread(super().forward(f, self.active), self.n_styles)
+    def forward(self, f):
+        "Codes (B,n_styles,style_dim) from a map `f` (B,c,h,w)."
+        return _spread(super().forward(f, self.active), self.n_styles)
 
 class ProgressiveFPNHead(FPNHead):
     "The same, read from the pyramid, as in the original e4e: maps (c1, c2, c3) to (B,n_styles,style_dim)"
@@ -336,7 +366,7 @@ def plain(self:FPNHead,
 
 # %% ../nbs/02_encoders.ipynb #b7ecba02
 class Encoder(nn.Module):
-    "Trunk and head: pictures (B,C,H,W) in [-1,1] to a residual code (B,n_styles,style_dim)"
+    "Trunk and head (§4.1): pictures (B,C,H,W) in [-1,1] to a residual code (B,n_styles,style_dim)"
     def __init__(self,
         trunk:nn.Module, # As `Trunk` describes
         head:nn.Module, # Has `n_styles`, `style_dim`, `config`, and `taps`: 'last' or 'pyramid', the maps it reads
@@ -347,7 +377,8 @@ class Encoder(nn.Module):
         self.image_channels = image_channels or max(1, trunk.in_channels//2)
         self.n_styles,self.style_dim,self.in_channels = head.n_styles,head.style_dim,trunk.in_channels
 
-    def forward(self, x, y=None): # (b,c,h,w), (b or 1,c,h,w)
+    def forward(self, x, y=None):
+        "The residual code (B,n_styles,style_dim) of `x` (B,C,H,W) beside the attempt `y` (B or 1,C,H,W) so far, equations 1 and 2; a single pass has no `y`. ValueError for the wrong size or number of channels."
         if y is not None:
             if y.shape[-2:]!=x.shape[-2:]: raise ValueError(f'Encoder: x is {tuple(x.shape)} and y is {tuple(y.shape)}, expected one size; '
                 'bring y to the input size first (`Geometry.feed`)')
@@ -356,11 +387,14 @@ class Encoder(nn.Module):
             + ('give the reconstruction too: encoder(x, y)' if y is None else 'build it with image_channels= that of your pictures'))
         return self.read(self.trunk.first(x))
 
-    def read(self, h): # the first convolution's answer to a code
+    def read(self, h):
+        "The code (B,n_styles,style_dim) from `h`, the first convolution's answer."
         return self.head(self.trunk.pyramid(h) if getattr(self.head, 'taps', 'last')=='pyramid' else self.trunk.rest(h))
 
     @property
-    def stage(self): return getattr(self.head, 'stage', None)
+    def stage(self):
+        "The stage of a progressive head; None: all styles."
+        return getattr(self.head, 'stage', None)
     @stage.setter
     def stage(self, i): self.head.stage = i
 
@@ -391,10 +425,13 @@ def build_encoder(
     init:str|dict|None=None, # First weights of the trunk: 'imagenet', or tensors for `init_trunk`; None for random ones
     extra:str='difference', # What `init_trunk` puts into the channels that `init` does not have
     **kw, # Further arguments of the trunk (`widths`) or the head (`width`, `gain`)
-)->Encoder: # Ready to train
+)->Encoder:            # Ready to train
     "Make an encoder from the names of its parts; `ValueError` for an unknown name, `TypeError` for an unknown argument"
     for what,name,table in (('trunk',trunk,TRUNKS), ('head',head,HEADS)):
         if name not in table: raise ValueError(f'build_encoder: no {what} {name!r}; there are {", ".join(table)}')
+    if in_channels is not None and in_channels<2*image_channels and in_channels!=image_channels:
+        raise ValueError(f'build_encoder: in_channels is {in_channels}, expected {image_channels} (the picture alone) or {2*image_channels} (the picture and the attempt), '
+                         f'since image_channels is {image_channels}; for a grey generator give image_channels=1')
     def mine(cls): return {k:kw.pop(k) for k in list(kw) if k in inspect.signature(cls).parameters}
     t = TRUNKS[trunk](2*image_channels if in_channels is None else in_channels, **mine(TRUNKS[trunk]))
     size = (input_size,)*2 if isinstance(input_size, int) else input_size
@@ -448,7 +485,7 @@ def _fold(m):
 @patch
 def fold(self:Encoder,
     inplace:bool=False, # Change this encoder instead of a copy: half the memory
-)->Encoder: # Frozen, for inference
+)->Encoder:             # Frozen, for inference
     "Fold every BatchNorm that follows a convolution, turn leading ones into scale and shift, store the trunk channels-last"
     enc = (self if inplace else copy.deepcopy(self)).eval()
     _fold(enc.trunk)
@@ -490,7 +527,7 @@ def init_trunk(
     encoder:Encoder, # Changed in place
     state:dict, # Tensors of a trunk that sees one picture, under its own names (see `trunk_names`)
     extra:str='difference', # First weights for what `state` has no channels for: 'difference', 'zero' or 'noise' (as published)
-)->Encoder: # The same, for chaining
+)->Encoder:     # The same, for chaining
     "Start a trunk from given weights; `ValueError` names a tensor that is missing, unknown or of another shape"
     if extra not in EXTRA: raise ValueError(f'init_trunk: extra={extra!r}, expected one of {", ".join(EXTRA)}')
     if encoder.folded: raise ValueError('init_trunk: the encoder is folded; start the one it was made from')

@@ -10,7 +10,7 @@ import copy, ctypes, math, shutil, threading
 import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from .encoders import Encoder, ProgressiveHead, ProgressiveSharedHead, SharedHead, SimpleHead, _Halve, _IRUnit, _Linear, _ResUnit, _exporting
+from .encoders import Encoder, _Halve, _IRUnit, _Linear, _ResUnit, _exporting
 from .generator import Generator, ModulatedConv, StyledConv, ToImage, _clamp, modulated_conv_plain, upsample
 from .images import Geometry
 from .restyle import Inversion, ReStyle
@@ -196,33 +196,8 @@ class _Half(_Halve):
         return h.add_(self.skip(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False))).mul_(.5**.5)
 
 # %% ../nbs/03b_fast.ipynb #eed7922d
-class _Simple(SimpleHead):
-    def forward(self, f, n=None):
-        stacks = self.stacks(n or self.n_styles)
-        k = len(stacks)
-        for i,c in enumerate(self.convs): f = F.leaky_relu_(_blocks(f, c.weight[:k*self.width], c.bias[:k*self.width], k, not i), .01)
-        if f.shape[-2:]!=(1,1): raise ValueError(f'{len(self.convs)} halvings leave a {f.shape[-2]}x{f.shape[-1]} map, expected 1x1; build the encoder for your picture (`input_size=`), or resize the picture')
-        f = f.reshape(f.shape[0], k, self.width)
-        return self.linear(torch.cat([f[:,g:g+1].expand(-1, len(js), -1) for g,js in enumerate(stacks)], 1) if k<stacks[-1].stop else f)
-
-class _Progressive(ProgressiveHead, _Simple): pass
-class _Shared(SharedHead, _Simple): pass
-class _ProgressiveShared(ProgressiveSharedHead, _Simple): pass
-
 class _Linear32(_Linear):
     def forward(self, h): return super().forward(h.float())
-
-def _blocks(x, w, b, k, shared):
-    "A convolution of stride 2 of `k` blocks, weights channels-last, in the form that suits width, device and number of pixels"
-    (n,c,h,v),cpu = x.shape,x.device.type=='cpu'
-    h2,v2 = (h+1)//2,(v+1)//2
-    if _exporting() or len(w)<=128*k or shared and not cpu: return F.conv2d(x, w, b, 2, 1, groups=1 if shared else k)
-    if shared or n*h2*v2>(32 if cpu else 1024): return torch.cat([F.conv2d(*o, 2, 1) for o in zip([x]*k if shared else x.chunk(k, 1), w.chunk(k), b.chunk(k))], 1)
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                          # (n,h+2,v+2,c)
-    cols = x.unfold(1, 3, 2)[:,:h2].unfold(2, 3, 2)[:,:,:v2].reshape(n*h2*v2, k, c//k, 3, 3)
-    cols = cols.permute(1, 0, 3, 4, 2).reshape(k, n*h2*v2, -1)
-    y = torch.baddbmm(b.view(k, 1, -1), cols, w.permute(0, 2, 3, 1).reshape(k, len(w)//k, -1).mT)
-    return y.view(k, n, h2, v2, -1).permute(1, 0, 4, 2, 3).reshape(n, -1, h2, v2)
 
 # %% ../nbs/03b_fast.ipynb #515dab84
 class _FastEncoder(Encoder):
@@ -237,8 +212,7 @@ class _FastEncoder(Encoder):
         f = self.trunk.pyramid(h) if self.head.taps=='pyramid' else self.trunk.rest(h)
         return self.head(f).float()
 
-_FAST = {_IRUnit:_Unit, _ResUnit:_Res, _Halve:_Half, Encoder:_FastEncoder, _Linear:_Linear32,
-    SimpleHead:_Simple, ProgressiveHead:_Progressive, SharedHead:_Shared, ProgressiveSharedHead:_ProgressiveShared}
+_FAST = {_IRUnit:_Unit, _ResUnit:_Res, _Halve:_Half, Encoder:_FastEncoder, _Linear:_Linear32}
 
 def _fast_encoder(enc, dtype, inplace):
     if type(enc) not in (Encoder, _FastEncoder): return enc
@@ -252,11 +226,25 @@ def _fast_encoder(enc, dtype, inplace):
 # %% ../nbs/03b_fast.ipynb #7a015e1c
 class View(nn.Module):
     "A generator seen through the encoder's eyes: its pictures come at the encoder's size. All else is the generator's."
-    def __init__(self, generator, geometry, stop=None):
+    def __init__(self,
+        generator, # Any generator: `synthesize(w)` gives pictures (B,C,H,W)
+        geometry,  # `Geometry` between its pictures and the encoder
+        stop=None, # Resolution at which it stops painting; None: at the last
+    ):
         super().__init__()
         self.full,self.geometry,self.stop = generator,geometry,{} if stop is None else dict(stop=stop)
-    def synthesize(self, w, **synth): return self.geometry.feed(self.full.synthesize(w, **self.stop, **synth))
-    def named_parameters(self, *args, **kw): return self.full.named_parameters(*args, **kw) if isinstance(self.full, nn.Module) else iter(())   # by which a generator is known
+    def synthesize(self,
+        w,       # Codes (B,n_styles,style_dim)
+        **synth, # Passed to the generator's own
+    )->torch.Tensor: # (B,C,H,W), at the encoder's size
+        "Pictures as the encoder sees them."
+        return self.geometry.feed(self.full.synthesize(w, **self.stop, **synth))
+    def named_parameters(self,
+        *args, # As in torch
+        **kw,  # As in torch
+    ): # Iterator of (name, parameter)
+        "Those of the generator: by these it is known."
+        return self.full.named_parameters(*args, **kw) if isinstance(self.full, nn.Module) else iter(())
     def __getattr__(self, k):
         try: return super().__getattr__(k)
         except AttributeError: return getattr(self.full, k)

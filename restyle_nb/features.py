@@ -110,6 +110,7 @@ class MoCoNet(_Looking):
         self.still()
 
     def forward(self, x):
+        "Unit vectors (B,D) of pictures `x` (B,3,H,W), which are looked at in 224x224 pixels."
         x = F.interpolate(x, size=(224, 224), mode='nearest')
         for part in self.children(): x = part(x)
         return _unit(x.flatten(1))
@@ -141,7 +142,9 @@ class LatentDiscriminator(nn.Module):
         for i in range(n_layers - 1): layers += [nn.Linear(width if i else style_dim, width), nn.LeakyReLU(.2)]
         self.mlp = nn.Sequential(*layers, nn.Linear(width if layers else style_dim, 1))
 
-    def forward(self, w): return self.mlp(w)[..., 0]
+    def forward(self, w):
+        "Scores (…,), high for real, of style vectors `w` (…,style_dim)."
+        return self.mlp(w)[..., 0]
 
 # %% ../nbs/05a_features.ipynb #716f6491
 def read_latent_discriminator(

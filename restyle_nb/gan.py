@@ -39,7 +39,8 @@ class FeatureDiscriminator(nn.Module):
         self._seen[0]._apply(fn)
         return super()._apply(fn, recurse)
 
-    def forward(self, x):            # (B,3,H,W) in [-1,1] -> (B,P): one score for each place of each layer
+    def forward(self, x):
+        "Scores (B,P) of pictures `x` (B,3,H,W) in [-1,1]: one for each place of each layer."
         score = lambda i, h: self.heads[i](((h - getattr(self, f'mean{i}'))/getattr(self, f'std{i}')).clamp(-5, 5))
         scores = [score(i, h) for i, h in zip(range(self.layers), self._seen[0].layers(x))]
         if self.balance: scores = [F.interpolate(s, size=scores[0].shape[2:]) for s in scores]      # repeated, as often as needed
@@ -47,7 +48,7 @@ class FeatureDiscriminator(nn.Module):
 
     @torch.no_grad()
     def meet(self, x):
-        "Note mean and spread of each channel over real pictures (B,3,H,W), once; from then on they are the scale."
+        "Note mean and spread of each channel over real pictures `x` (B,3,H,W), once; from then on they are the scale."
         if self.met: return
         for i, h in zip(range(self.layers), self._seen[0].layers(x)):
             getattr(self, f'mean{i}').copy_(h.mean((0,2,3), keepdim=True))
@@ -118,7 +119,7 @@ def pixel_critic(
     r1:float=1.,     # gamma of R1
     **kw,            # Further arguments of `ImageCritic`
 )->ImageCritic:
-    "StyleGAN2's discriminator for the pictures of this generator."
+    "StyleGAN2's discriminator (Karras et al. 2020) for the pictures of this generator."
     c = generator.config
     return ImageCritic(generator.shapes[-1], lr=lr, r1=r1, image_channels=c['image_channels'], channels=_fitting(c), **dict(weight=1., betas=(0.,.99)) | kw)
 
@@ -261,7 +262,7 @@ def _preflight(self:GanTrainer):
 # %% ../nbs/07a_gan.ipynb #09529603
 @patch
 def save(self:GanTrainer):
-    "Write `last.pt`; called by `fit`. Weights that are not finite are never written."
+    "Write `last.pt`; called by `fit`. Weights that are not finite are never written: `TrainingError`."
     if not self.folder: raise TrainingError('nowhere to save: give GanTrainer(folder=…)')
     self.folder.mkdir(parents=True, exist_ok=True)
     critics = {c.name: c.state_dict() for c in self.critics}
@@ -290,7 +291,7 @@ def resume(cls:GanTrainer,
     device=None, # Where to train; None: where the generator is
     **changes,  # Arguments that shall differ from the first run, e.g. iterations=20_000
 ):              # `GanTrainer` as it was at its last checkpoint
-    "Go on where `folder` stopped. On the CPU the weights that follow equal those of an uninterrupted run to the last bit."
+    "Go on where `folder` stopped. On the CPU the weights that follow equal those of an uninterrupted run to the last bit. `TrainingError` for anything that does not fit."
     state = _read(Path(folder)/'last.pt', 'generator')
     t = cls(generator, data, critics, folder, z, anchor, device=device, **{**state['config'], **changes})
     if state['world'] != t._world(): raise TrainingError(f'{folder}: data or critics are not those of the first run: then {state["world"]}, now {t._world()}')

@@ -25,11 +25,11 @@ def lrelu(
 def unit_norm(
     z:torch.Tensor, # Samples (B,z_dim)
 )->torch.Tensor:    # Same shape, each row of mean square one
-    "Keep the direction of every row of `z` and forget its length."
+    "Keep the direction of every row of `z` and forget its length (Karras et al. 2018, section 4.2)."
     return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
 
 class EqualLinear(nn.Module):
-    "Affine map whose weight is stored at unit variance and scaled when used."
+    "Affine map whose weight is stored at unit variance and scaled when used (Karras et al. 2018, section 4.1)."
     def __init__(self,
         n_in:int,            # Width of the input
         n_out:int,           # Width of the output
@@ -43,6 +43,7 @@ class EqualLinear(nn.Module):
         self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(n_in), lr_mul, activate
 
     def forward(self, x):
+        "(B,n_out) from `x` (B,n_in), equal to a linear layer with weights of unit variance at the start."
         y = F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
         return lrelu(y) if self.activate else y
 
@@ -81,7 +82,8 @@ class ModulatedConv(nn.Module):
         self.affine = EqualLinear(style_dim, n_in, bias_init=1.)
         self.scale, self.up, self.demodulate = 1 / math.sqrt(n_in * kernel**2), up, demodulate
 
-    def forward(self, x, w):                                        # (B,i,h,w), (B,d)
+    def forward(self, x, w):
+        "(B,o,h,w), or twice the sides with `up`, from features `x` (B,i,h,w) and styles `w` (B,d): scale the channels in, convolve, demodulate out (StyleGAN2 eqs. 1 to 3)."
         s, weight = self.affine(w), self.weight * self.scale        # (B,i), (o,i,k,k)
         y = self.filter(x * s[:, :, None, None], weight)
         if not self.demodulate: return y
@@ -89,6 +91,7 @@ class ModulatedConv(nn.Module):
         return y * torch.rsqrt(s.square() @ power.T + 1e-8)[:, :, None, None].to(y.dtype)
 
     def filter(self, x, weight):
+        "The convolution of `x` (B,i,h,w) with `weight` (o,i,k,k) alone, (B,o,h,w) or twice the sides with `up`."
         if not self.up: return F.conv2d(x, weight, padding=weight.shape[-1]//2)
         return blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), gain=4)
 
@@ -111,7 +114,7 @@ def modulated_conv_plain(
 
 # %% ../nbs/01_generator.ipynb #3f37caf7
 class StyledConv(ModulatedConv):
-    "Modulated 3×3 convolution, noise, bias, leaky ReLU: what one style controls."
+    "Modulated 3×3 convolution, noise, bias, leaky ReLU: what one style controls (StyleGAN2 Fig. 2)."
     def __init__(self,
         n_in:int,      # Input channels
         n_out:int,     # Output channels
@@ -123,12 +126,13 @@ class StyledConv(ModulatedConv):
         self.noise_strength, self.clamp = nn.Parameter(torch.zeros(())), None
 
     def forward(self, x, w, noise=None):
+        "As `ModulatedConv`, of features `x` (B,i,h,w) and styles `w` (B,d), then a plane of `noise` (B or 1,1,h,w), None for none, bias and leaky ReLU: (B,o,h,w), or twice the sides with `up` (StyleGAN2 Fig. 2)."
         y = super().forward(x, w)
         if noise is not None: y = y + (self.noise_strength * noise).to(y.dtype)
         return _clamp(lrelu(y + self.bias[:, None, None].to(y.dtype)), self.clamp)
 
 class ToImage(ModulatedConv):
-    "Features to pixels: a 1×1 modulated convolution without demodulation, and a bias."
+    "Features to pixels: a 1×1 modulated convolution without demodulation, and a bias (StyleGAN2 Fig. 7b)."
     def __init__(self,
         n_in:int,           # Input channels
         image_channels:int, # Planes of the image
@@ -165,7 +169,7 @@ def _widths(channels, levels, multiplier):
 
 # %% ../nbs/01_generator.ipynb #4d685913
 class Generator(nn.Module):
-    "StyleGAN2 of any size: mapping network, constant, styled convolutions; `ValueError` for a size or table that does not fit."
+    "StyleGAN2 (Karras et al. 2020) of any size: mapping network, constant, styled convolutions; `ValueError` for a size or table that does not fit."
     recompute_from = None # Resolution from which on layers are run a second time in the backward pass instead of being remembered; None: none
     def __init__(self,
         size:int=1024,             # Larger side of the image, pixels
@@ -247,7 +251,7 @@ def noises(self:Generator,
 def synthesize(self:Generator,
     w:torch.Tensor, # Codes (B,n_styles,style_dim), or (B,style_dim)
     noise='fixed',  # 'fixed', 'random', None, a list of planes or a function, see `noises`
-    stop:int|None=None, # Stop at this one of `resolutions` and return its image
+    stop:int|None=None, # Stop at this one of `resolutions` and return its image; ValueError for another
     rng=None,       # `torch.Generator` for random noise
 )->torch.Tensor:    # Images (B,image_channels,H,W), in [-1,1] once trained
     "From styles to pixels: grow the constant, summing an image at every resolution (StyleGAN2 Fig. 7b)."
@@ -295,7 +299,7 @@ def truncate(self:Generator,
     w:torch.Tensor, # Codes (B,style_dim) or (B,n_styles,style_dim)
     psi:float=.7,   # 1: unchanged; 0: the average
 )->torch.Tensor:    # Codes (B,n_styles,style_dim)
-    "Pull codes towards `latent_avg`; `ValueError` if that is not known."
+    "Pull codes towards `latent_avg` (StyleGAN's truncation, Karras et al. 2019); `ValueError` if that is not known."
     w = self.broadcast(w)
     if psi == 1: return w
     if self.has_latent_avg: return self.latent_avg + psi * (w - self.latent_avg)
@@ -326,42 +330,54 @@ def freeze(self:Generator)->Generator:
 # %% ../nbs/01_generator.ipynb #5c4c8e30
 class EqualConv(nn.Module):
     "Convolution with run-time scaled weight; with `down`, blurred first and at half the resolution."
-    def __init__(self, n_in, n_out, kernel, down=False, activate=True):
+    def __init__(self,
+        n_in,          # Channels in
+        n_out,         # Channels out
+        kernel,        # Side, pixels
+        down=False,    # Blur, and keep every second pixel?
+        activate=True, # Bias and leaky ReLU at the end?
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(n_out)) if activate else None
         self.scale, self.half, self.down = 1 / math.sqrt(n_in * kernel**2), kernel // 2, down
 
     def forward(self, x):
+        "(B,n_out,h,w), or half the sides with `down`, from `x` (B,n_in,h,w)."
         if self.down: x = blur(x, self.half + 1)
         y = F.conv2d(x, self.weight * self.scale, self.bias, 1 + self.down, 0 if self.down else self.half)
         return y if self.bias is None else lrelu(y)
 
 class ResBlock(nn.Module):
     "Two convolutions and a shortcut, to half the resolution."
-    def __init__(self, n_in, n_out):
+    def __init__(self,
+        n_in,  # Channels in
+        n_out, # Channels out, at half the resolution
+    ):
         super().__init__()
         self.conv1, self.conv2 = EqualConv(n_in, n_in, 3), EqualConv(n_in, n_out, 3, down=True)
         self.skip = EqualConv(n_in, n_out, 1, down=True, activate=False)
 
-    def forward(self, x): return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+    def forward(self, x):
+        "(B,n_out,h/2,w/2) from `x` (B,n_in,h,w), of the same variance."
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
 
 # %% ../nbs/01_generator.ipynb #a7c48191
 def minibatch_std(
     x:torch.Tensor, # Maps (B,C,H,W)
     group:int=4,    # Samples compared with one another, at most
 )->torch.Tensor:    # Maps (B,C+1,H,W)
-    "Append a plane: the standard deviation over a group of samples, averaged over channels and pixels."
+    "Append a plane: the standard deviation over a group of samples, averaged over channels and pixels (Karras et al. 2018, section 3)."
     b, c, h, w = x.shape
     n = max(n for n in range(1, min(group, b) + 1) if b % n == 0)
     std = (x.reshape(n, b//n, c, h, w).var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))    # (b/n,)
     return torch.cat([x, std.repeat(n)[:, None, None, None].expand(-1, 1, h, w)], 1)
 
 class Discriminator(nn.Module):
-    "Residual critic: one number per image, high for real."
+    "Residual critic (StyleGAN2 Fig. 7c): one number per image, high for real."
     def __init__(self,
-        size:int=1024,              # Larger side of the image, pixels
-        channels:dict|None=None,    # {resolution: width}; None: `default_channels`
+        size:int=1024,              # Larger side of the image, pixels; ValueError if the last map does not double to it
+        channels:dict|None=None,    # {resolution: width}; None: `default_channels`. ValueError if one is missing
         channel_multiplier:float=2, # For `default_channels`
         image_channels:int=3,       # Planes of the image
         const_size:tuple=(4, 4),    # Height and width of the last map
@@ -379,6 +395,7 @@ class Discriminator(nn.Module):
         self.score = EqualLinear(ch[0], 1)
 
     def forward(self, x):
+        "Scores (B,), high for real, of pictures `x` (B,C,H,W) in [-1,1]; each is compared with its batch."
         x = self.last(minibatch_std(self.blocks(self.from_image(x))))
         return self.score(self.hidden(x.flatten(1)))[:, 0]
 
@@ -386,21 +403,21 @@ class Discriminator(nn.Module):
 def g_loss(
     fake:torch.Tensor, # Scores of generated images (B,)
 )->torch.Tensor:       # Scalar
-    "What the generator minimises: the critic should take its images for real."
+    "What the generator minimises: the critic should take its images for real (Goodfellow et al. 2014, not saturating)."
     return F.softplus(-fake).mean()
 
 def d_loss(
     real:torch.Tensor, # Scores of real images (B,)
     fake:torch.Tensor, # Scores of generated images (B,)
 )->torch.Tensor:       # Scalar
-    "What the critic minimises: real scores up, generated scores down."
+    "What the critic minimises: real scores up, generated scores down (Goodfellow et al. 2014)."
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 def r1_penalty(
     D,              # Critic: images to scores
     x:torch.Tensor, # Real images (B,C,H,W)
 )->torch.Tensor:    # Scalar, differentiable; weigh it by gamma/2
-    "Mean squared length of the critic's gradient at real images."
+    "Mean squared length of the critic's gradient at real images (Mescheder et al. 2018)."
     x = x.detach().requires_grad_(True)
     grad, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()

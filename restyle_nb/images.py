@@ -91,7 +91,8 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')
 def _pair(size): return (size, size) if isinstance(size, int) else tuple(int(o) for o in size)
 
 def centre_box(
-    h:int, w:int,  # Size of the picture, pixels
+    h:int,         # Height of the picture, pixels
+    w:int,         # Width, pixels
     size,          # (H,W) whose aspect ratio is wanted, or int
 )->tuple:          # (top,left,bottom,right), pixels
     "The largest centred window of a picture with the aspect ratio of `size` (to the pixel)."
@@ -241,8 +242,8 @@ def make_folder(
 @contextmanager
 def atomic_write(
     path,  # File to write; its folder is made if needed
-):
-    "A temporary path beside `path`; moved there when the block ends well, removed when it fails. ImageError if the folder cannot be written."
+):         # A context; yields a temporary path beside `path`
+    "Write a whole file or none: the temporary one is moved to `path` when the block ends well, removed when it fails. ImageError if the folder cannot be written."
     path = Path(path)
     make_folder(path.parent)
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.part')
@@ -402,7 +403,14 @@ def _rng(*key): return torch.Generator().manual_seed(int.from_bytes(hashlib.sha2
 
 class Loader:
     "Endless seeded batches: `next(it)` gives batch `position` and moves on; `batch(p)` is batch p, whatever came before."
-    def __init__(self, ds, batch_size, seed=0, flip=False, position=0, workers=0):
+    def __init__(self,
+        ds,         # Data set of pictures: `ImageFolder`, tensor (N,C,H,W), or what has a length and items (C,H,W); ImageError if it is empty
+        batch_size, # Pictures in a batch
+        seed=0,     # Of order and mirroring
+        flip=False, # Mirror half of the pictures?
+        position=0, # Batch to begin with
+        workers=0,  # Threads that read ahead; 0: none
+    ):
         self.data = ds.data if isinstance(ds, ImageFolder) and not ds.flip else ds
         self.n,self.batch_size,self.seed,self.flip,self.position = len(ds),batch_size,seed,flip,position
         self.workers,self.ahead,self._orders = 0 if isinstance(self.data, torch.Tensor) else workers, None, {}
@@ -413,6 +421,7 @@ class Loader:
         self.position += 1
         return self.batch(self.position-1)
     def shuffle(self, epoch):
+        "Order of the pictures in `epoch`, from 0: their numbers, (N,)."
         if hasattr(self.data, 'order'): return self.data.order(self.seed, epoch)
         return torch.randperm(self.n, generator=_rng('order', self.seed, epoch))
 
@@ -593,9 +602,9 @@ def read_sheet(
 @dataclass(frozen=True)
 class Geometry:
     "Sizes around the loop: encoder input (H,W), generator output (H,W), and the content box (top,left,bottom,right) in output pixels."
-    encoder:tuple = (256,256)
-    output:tuple = (1024,1024)
-    box:tuple|None = None
+    encoder:tuple = (256,256) # (H,W) of the encoder's input, pixels
+    output:tuple = (1024,1024) # (H,W) of the generator's pictures, pixels
+    box:tuple|None = None # Which part of them is picture: (top,left,bottom,right), pixels; None: all. ValueError unless it lies inside
     def __post_init__(self):
         put = lambda k,v: object.__setattr__(self, k, v)
         put('encoder', _pair(self.encoder))
@@ -610,13 +619,17 @@ class Geometry:
     def for_generator(cls,
         size,          # Generator output, pixels, int or (H,W)
         encoder=None,  # Encoder input, int or (H,W); None: `size`, shrunk to at most 256 a side
-    ):
+    )->'Geometry':     # Of the generator's aspect ratio
         "No box: the encoder sees all of the generator's output."
         s = min(1, 256/max(_pair(size)))
         return cls(encoder or tuple(max(1, round(o*s)) for o in _pair(size)), size)
-    def to_dict(self): return dict(encoder=list(self.encoder), output=list(self.output), box=self.box and list(self.box))
+    def to_dict(self):
+        "Its sizes as a `dict` of lists, for JSON."
+        return dict(encoder=list(self.encoder), output=list(self.output), box=self.box and list(self.box))
     @classmethod
-    def from_dict(cls, d): return cls(**d)
+    def from_dict(cls, d):
+        "The `Geometry` that `d`, another's `to_dict`, speaks of."
+        return cls(**d)
 
 CARS = Geometry((192,256), (512,512), (64,0,448,512))
 
@@ -688,7 +701,7 @@ def _tile(im, size, smooth):
 def film_strip(
     rows,          # Steps: list of T (B,C,H,W), or tensor (T,B,C,H,W)
     x=None,        # (B,C,H,W) inputs, the first column
-    titles=None,   # T or T+1 column titles; None: input, step 0, step 1, …
+    titles=None,   # T or T+1 column titles; None: input, step 0, step 1, …; ValueError for another number of them
     names=None,    # B texts, one below each row
     scale=None,    # Enlarge tiles by this factor; None: about 128 to 256 pixels wide
     smooth=True,   # Enlarge bicubically? False shows square pixels
@@ -715,7 +728,7 @@ def film_strip(
 def show_strip(
     rows,         # Steps: list of T (B,C,H,W), or tensor (T,B,C,H,W)
     x=None,       # (B,C,H,W) inputs, the first column
-    titles=None,  # As in `film_strip`
+    titles=None,  # As in `film_strip`, ValueError for another number of them
     names=None,   # B texts, one left of each row
     size=1.2,     # Width of a tile, inches
 ):

@@ -68,6 +68,7 @@ class ResidualFace(_Judge):
         self.config = dict(judge='residual', widths=list(widths), dim=dim)
 
     def forward(self, x):
+        "Unit vectors (B,dim) of portraits `x` (B,C,H,W) in [-1,1]."
         h = self.norm(self.place(self.body(self.stem(as_face(x))))).flatten(1)
         return F.normalize(self.last(self.out(h)))
 
@@ -88,6 +89,7 @@ class PlainFace(_Judge):
         self.config = dict(judge='plain', widths=list(widths), heads=heads, dim=dim)
 
     def forward(self, x):
+        "Unit vectors (B,dim) of portraits `x` (B,C,H,W) in [-1,1]."
         h = self.body(as_face(x))                     # (b,c,4,4)
         a = self.look(h).flatten(2).softmax(2)        # (b,heads,16)
         return F.normalize(self.out((a@h.flatten(2).mT).flatten(1)))
@@ -103,7 +105,12 @@ class ArcFace(nn.Module):
         super().__init__()
         self.weight,self.scale = nn.Parameter(torch.randn(people, dim)),scale
 
-    def forward(self, f, who, margin=.35): # (b,dim), (b,), radians
+    def forward(self,
+        f,          # Unit vectors (B,dim)
+        who,        # Number of the person in each, (B,)
+        margin=.35, # Angle of which the right answer is robbed, radians
+    )->torch.Tensor: # Scalar loss
+        "Cross entropy of cosines, the right one's angle enlarged (Deng et al. 2019, equation 3)."
         cos = (f@F.normalize(self.weight).T).clamp(-1+1e-6, 1-1e-6)
         turned = (cos.gather(1, who[:,None]).acos()+margin).clamp(max=math.pi).cos()
         return F.cross_entropy(self.scale*cos.scatter(1, who[:,None], turned), who)
@@ -114,7 +121,7 @@ def contrast(
     who:torch.Tensor, # Whose each is (B,)
     tau:float=.1,     # Temperature: the smaller, the more the nearest strangers count
 )->torch.Tensor:      # One number, the mean over pictures
-    "Supervised contrastive loss (Khosla et al., equation 2); 0 is reached when persons are points, far apart."
+    "Supervised contrastive loss (Khosla et al. 2020, equation 2); 0 is reached when persons are points, far apart."
     me = torch.eye(len(f), dtype=torch.bool, device=f.device)
     s = (f@f.T/tau).masked_fill(me, -1e4)
     same = (who[:,None]==who)&~me
@@ -182,7 +189,7 @@ def make_pairs(
 
 # %% ../nbs/15a_judges.ipynb #a54c9304
 def roc(
-    p:Pairs,
+    p:Pairs, # `Pairs` with their `score`
     weight:torch.Tensor|None=None, # (N,) How often each pair counts; None: once
 )->tuple:            # False accept rate and true accept rate (N,), from the strictest threshold to the laxest
     "The curve of both rates over all thresholds"
@@ -196,7 +203,7 @@ def _at(far, tar, rate): return tar[far<=rate][-1].item() if (far<=rate).any() e
 
 # %% ../nbs/15a_judges.ipynb #72cc069a
 def right_answers(
-    p:Pairs,
+    p:Pairs, # `Pairs` with their `score`
     folds:int=10,    # Parts of the persons
 )->torch.Tensor:     # (N,) 1 where the pair was judged rightly
     "Judge each fold of persons with the threshold that is best on the others (the rule of LFW)."
@@ -213,13 +220,13 @@ def right_answers(
 # %% ../nbs/15a_judges.ipynb #067a2a21
 class Mark(NamedTuple):
     "A number with its 95 % interval over persons"
-    value:float
-    low:float
-    high:float
+    value:float # Of all persons
+    low:float # Lower end of the interval
+    high:float # Upper end
     def __str__(self): return f'{self.value:.3f} ({self.low:.3f}–{self.high:.3f})'
 
 def verification(
-    p:Pairs,
+    p:Pairs, # `Pairs` with their `score`
     far:float=.01,   # Rate of strangers let in, for the third mark
     n_boot:int=200,  # Draws of persons for the intervals
     seed:int=0,      # Of the draws
@@ -279,7 +286,9 @@ class AttributeNet(nn.Module):
         self.register_buffer('std', torch.ones(N_ALL))
         self.config = dict(judge='attributes', widths=list(widths), hidden=hidden)
 
-    def forward(self, x): return self.out(F.leaky_relu(self.hidden(self.trunk(as_face(x)).flatten(1)), .2))
+    def forward(self, x):
+        "Raw answers (B,N) on portraits `x` (B,C,H,W) in [-1,1]; `predict` names them."
+        return self.out(F.leaky_relu(self.hidden(self.trunk(as_face(x)).flatten(1)), .2))
 
 # %% ../nbs/15a_judges.ipynb #9336b70e
 @patch
@@ -297,7 +306,7 @@ def predict(self:AttributeNet,
 # %% ../nbs/15a_judges.ipynb #ae755385
 @torch.no_grad()
 def attribute_table(
-    net:AttributeNet,
+    net:AttributeNet, # `AttributeNet`, on the device of the pictures
     x:torch.Tensor,     # Pictures (N,C,H,W) in [-1,1]
     rows:torch.Tensor,  # What is true of them (N,75), see `attribute_rows`
 )->dict:                # name -> dict(r2=…), or dict(accuracy=…, common=…, auc=…)
@@ -368,7 +377,7 @@ def load_judge(
 LOOKS = 'sex skin hair hair_length hair_volume bald recede fringe beard eyes'.split() # what is large and stays
 
 def twins(
-    n,             # How many persons, at least 2
+    n,             # How many persons, at least 2, else ValueError
     views=8,       # How often each is met
     seed=2,        # As in `worlds.occasions`
     start=0,       # Number of the first person

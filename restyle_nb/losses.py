@@ -24,7 +24,7 @@ def l2(
     y:torch.Tensor, # Reconstructions (B,C,H,W) in [-1,1]
     x:torch.Tensor, # Targets, same shape
 )->torch.Tensor:    # (B,), between 0 and 4
-    "Mean squared difference of each picture. `ValueError` if the shapes differ."
+    "Mean squared difference of each picture (section 3.1). `ValueError` if the shapes differ."
     if y.shape != x.shape: raise ValueError(f'l2: reconstruction {tuple(y.shape)} and target {tuple(x.shape)} differ in shape; '
                                             'resize first, e.g. with `geometry.feed(y)`')
     return (y - x).square().flatten(1).mean(1)
@@ -51,10 +51,10 @@ def _package_lpips(
 
 # %% ../nbs/06_losses.ipynb #035e939b
 class LPIPS(nn.Module):
-    "Learned perceptual distance of images in [-1,1]: one number each, 0 for equal pictures. Frozen, differentiable in its input."
+    "Learned perceptual distance (Zhang et al. 2018; section 3.1) of images in [-1,1]: one number each, 0 for equal pictures. Frozen, differentiable in its input."
     def __init__(self,
-        net:str='alex',  # Only AlexNet, the network the paper trains and measures with
-        weights=None,    # Path of other AlexNet features; None: those shipped with the package
+        net:str='alex',  # Only 'alex', AlexNet, the network the paper trains and measures with; ValueError for another
+        weights=None,    # Path of other AlexNet features, FileNotFoundError if it is none; None: those shipped with the package
     ):
         super().__init__()
         if net != 'alex': raise ValueError(f"LPIPS: net {net!r} is not shipped; use 'alex'")
@@ -65,10 +65,12 @@ class LPIPS(nn.Module):
         for i, lin in enumerate(m.lins): self.register_buffer(f'gain{i}', lin.model[-1].weight.clone().sqrt(), persistent=False)
         self.to(memory_format=torch.channels_last).eval()
 
-    def train(self, mode=True): return super().train(False)
+    def train(self, mode=True):
+        "Stays in evaluation mode whatever `mode` says; returns the `LPIPS`."
+        return super().train(False)
 
     def features(self, x:torch.Tensor)->torch.Tensor:
-        "Where a picture (B,C,H,W) lies in LPIPS space: (B,D), with LPIPS the squared distance between two such vectors."
+        "Where a picture `x` (B,C,H,W) lies in LPIPS space: (B,D), with LPIPS the squared distance between two such vectors."
         out = []
         for i, h in enumerate(self.layers(x)):                            # (B,c,h,w)
             f = _full(h)
@@ -81,7 +83,7 @@ class LPIPS(nn.Module):
         y:torch.Tensor,      # Reconstructions (B,C,H,W) in [-1,1]
         target:torch.Tensor, # Targets (B,C,H,W), or their `features` (B,D)
     )->torch.Tensor:         # (B,)
-        "Perceptual distance of each picture to its target."
+        "Perceptual distance of each picture to its target (Zhang et al. 2018). ValueError if their sizes differ."
         if target.ndim == 4: target = self.features(target)
         f = self.features(y)
         if f.shape != target.shape: raise ValueError(f'LPIPS: features of {tuple(y.shape)} are {tuple(f.shape)}, of the target {tuple(target.shape)}; '
@@ -91,7 +93,7 @@ class LPIPS(nn.Module):
 # %% ../nbs/06_losses.ipynb #014c7222
 @patch
 def layers(self:LPIPS, x:torch.Tensor):
-    "What AlexNet's five layers see in a picture (B,C,H,W), one after the other."
+    "What AlexNet's five layers see in a picture `x` (B,C,H,W), one after the other: yields (B,c,h,w)."
     h = ((_rgb(x) - self.shift)/self.scale).contiguous(memory_format=torch.channels_last)
     for part in self.slices:
         h = part(h)
@@ -141,7 +143,7 @@ class Identity(_Alike):
         self.box, self.whole = box, hasattr(self.net, 'features')   # a network with `features` of its own sees whole pictures
 
     def features(self, x:torch.Tensor)->torch.Tensor:
-        "Unit vectors (B,512) of aligned portraits (B,C,H,W) in [-1,1]."
+        "Unit vectors (B,512) of aligned portraits `x` (B,C,H,W) in [-1,1]."
         x = as_rgb(x, 'Identity')
         return F.normalize(_full(self.net(x if self.whole else face_crop(x, self.box))))
 
@@ -153,7 +155,7 @@ class MoCo(_Alike):
         super().__init__(net, read_moco, 'MoCoNet')
 
     def features(self, x:torch.Tensor)->torch.Tensor:
-        "Unit vectors (B,2048) of pictures (B,C,H,W) in [-1,1]."
+        "Unit vectors (B,2048) of pictures `x` (B,C,H,W) in [-1,1]."
         return F.normalize(_full(self.net(as_rgb(x, 'MoCo'))))
 
 # %% ../nbs/06_losses.ipynb #a227dbc9
@@ -161,15 +163,15 @@ def w_norm(
     w:torch.Tensor,        # Codes (B,n_styles,style_dim)
     latent_avg=0.,         # Average code (n_styles,style_dim) or (style_dim,); 0: plain length of `w`
 )->torch.Tensor:           # (B,)
-    "Distance of each code to the average code, over all its styles together."
+    "Distance of each code to the average code, over all its styles together (pSp's regularisation, as in its published code)."
     return (w - latent_avg).flatten(1).norm(dim=1)
 
 # %% ../nbs/06_losses.ipynb #67158a71
 def delta_norm(
     w:torch.Tensor,      # Codes (B,n_styles,style_dim)
-    stage:int|None=None, # Styles 1…stage count; None: all
+    stage:int|None=None, # Styles 1…stage count, ValueError if there are not as many; None: all
 )->torch.Tensor:         # (B,), 0 for a code of W
-    "How far the styles of each code are from its first: the sum of their distances (e4e's delta regularisation)."
+    "How far the styles of each code are from its first: the sum of their distances (e4e's delta regularisation, Tov et al. 2021)."
     return (w[:, 1:_upto(w, stage)] - w[:, :1]).norm(dim=2).sum(1)
 
 def _upto(w, stage):
@@ -203,14 +205,14 @@ class Objective(nn.Module):
         weight:float,     # Factor in the total; 0: leave it out
         prepare,          # `prepare(x)`: what to keep of the target, run once a batch without gradients
         compare,          # `compare(kept, y, w) -> (B,)` or a scalar, run at every step
-    ):
-        "Add one more loss; returns the objective."
+    )->'Objective':       # Itself
+        "Add one more loss."
         if weight: self.terms[name] = (float(weight), prepare, compare)
         return self
 
     @torch.no_grad()
     def prepare(self, x:torch.Tensor)->dict:
-        "What every loss wants to remember of the targets (B,C,H,W)."
+        "What every loss wants to remember of the targets `x` (B,C,H,W), by name."
         return {name: prepare(x) for name, (_, prepare, _) in self.terms.items()}
 
 # %% ../nbs/06_losses.ipynb #0023c231
@@ -257,7 +259,7 @@ class Critic:
         weight:float=.1,     # Of the encoder's term in the total
         lr:float=2e-5,       # Learning rate of the critic
         r1:float=10.,        # gamma, weight of the gradient penalty; 0: none
-        r1_every:int=16,     # Iterations from one penalty to the next
+        r1_every:int=16,     # Iterations from one penalty to the next; ValueError below 1
         seed:int=0,          # Of the critic's own random numbers
         betas:tuple=(.9,.999), # Of Adam
     ):
@@ -268,8 +270,8 @@ class Critic:
 
     def to(self,
         device, # 'cpu', 'cuda', …
-    ):
-        "The same critic, moved: network, optimiser and all it remembers."
+    )->'Critic': # Itself
+        "Move it: network, optimiser and all it remembers."
         self.net.to(device)
         self.optimizer.load_state_dict(self.optimizer.state_dict())   # goes where its weights are
         return self
@@ -307,7 +309,8 @@ def _descend(self:Critic, loss):
 
 # %% ../nbs/06_losses.ipynb #d1cb0106
 @patch
-def state_dict(self:Critic)->dict:
+def state_dict(self:Critic,
+)->dict: # Of net, optimizer, rng and pools
     "Everything that the next update depends on."
     return dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(), rng=self.rng.get_state(),
                 pools={k: p.state_dict() for k, p in self.pools().items()})
@@ -323,11 +326,14 @@ def load_state_dict(self:Critic,
     for k, p in self.pools().items(): p.load_state_dict(state['pools'][k])
 
 @patch
-def pools(self:Critic)->dict: return {}
+def pools(self:Critic,
+)->dict: # Name -> `CodePool`; empty here
+    "What it remembers beside its weights."
+    return {}
 
 # %% ../nbs/06_losses.ipynb #8a0ac721
 class CodePool:
-    "Remembers style vectors; what comes out is new or old, half and half (e4e's pool). Seeded; can be saved and taken up again."
+    "Remembers style vectors; what comes out is new or old, half and half (e4e's pool, as in its published code). Seeded; can be saved and taken up again."
     def __init__(self,
         size:int=50, # Codes it holds; 0: none, what goes in comes out
         seed:int=0,  # Of its random numbers
@@ -350,8 +356,12 @@ class CodePool:
         self.codes = both[kept]
         return both[out]
 
-    def state_dict(self): return dict(codes=self.codes, rng=self.rng.get_state())
-    def load_state_dict(self, state): self.codes = state['codes']; self.rng.set_state(state['rng'].cpu())
+    def state_dict(self):
+        "Its `codes` and its random state, a `dict`."
+        return dict(codes=self.codes, rng=self.rng.get_state())
+    def load_state_dict(self, state):
+        "Become what `state`, another pool's `state_dict`, says."
+        self.codes = state['codes']; self.rng.set_state(state['rng'].cpu())
 
 # %% ../nbs/06_losses.ipynb #d934f5c8
 def _seeded(seed, make):
@@ -367,16 +377,16 @@ def _scores(net, x):
 
 # %% ../nbs/06_losses.ipynb #32374f94
 class LatentCritic(Critic):
-    "e4e's latent discriminator: is each style a code that the mapping network could have made?"
+    "e4e's latent discriminator (Tov et al. 2021): is each style a code that the mapping network could have made?"
     name = 'latent'
     def __init__(self,
-        generator,           # Real codes are `generator.map(z)`
+        generator,           # Real codes are `generator.map(z)`; ValueError without `map`
         weight:float=.1,     # Of the encoder's term
         lr:float=2e-5,       # Learning rate
         r1:float=10.,        # Weight of the gradient penalty
         r1_every:int=16,     # Iterations from one penalty to the next
         pool:int=50,         # Codes each of the two pools remembers; 0: no pools
-        fakes:str='codes',   # 'codes': of the steps; 'published': residuals of the first step
+        fakes:str='codes',   # 'codes': of the steps; 'published': residuals of the first step; ValueError for another
         net=None,            # `LatentDiscriminator` or the path of one; None: a fresh one, seeded
         seed:int=0,          # Of everything random
     ):
@@ -396,7 +406,7 @@ class LatentCritic(Critic):
 def loss(self:LatentCritic,
     y,                   # Reconstructions; not looked at
     w:torch.Tensor,      # Codes (B,n_styles,style_dim)
-    stage:int|None=None, # Styles 0…stage are judged; None: all
+    stage:int|None=None, # Styles 0…stage are judged, ValueError if there are not as many; None: all
 )->torch.Tensor:         # (B,)
     "The encoder's term: how far from real each style in use looks, on average."
     return F.softplus(-self.net(w[:, :_upto(w, stage)])).mean(1)
@@ -407,7 +417,7 @@ def learn(self:LatentCritic,
     i:int,               # Iteration
     x,                   # Targets (B,C,H,W); only their number counts
     steps:list,          # Steps of this batch, as `ReStyle.steps` yields them
-    stage:int|None=None, # Styles 0…stage are shown; None: all
+    stage:int|None=None, # Styles 0…stage are shown, ValueError if there are not as many; None: all
 )->dict:                 # As of `fight`
     "One update of the critic on as many real codes as there are pictures."
     if self.fakes == 'published': codes = steps[0].delta
@@ -424,7 +434,7 @@ class ImageCritic(Critic):
     name = 'image'
     def __init__(self,
         discriminator=None,  # Network (B,C,H,W) -> (B,); None: a fresh, seeded `Discriminator` for the size in `geometry`; or that size itself
-        geometry=None,       # `Geometry` of the model: brings its pictures to the size of `x`
+        geometry=None,       # `Geometry` of the model: brings its pictures to the size of `x`; ValueError if neither says a size
         weight:float=.1,     # Of the encoder's term
         lr:float=1e-4,       # Learning rate
         r1:float=10.,        # Weight of the gradient penalty
@@ -441,14 +451,16 @@ class ImageCritic(Critic):
         super().__init__(discriminator, weight, lr, r1, r1_every, seed, betas)
         self.geometry = geometry
 
-    def view(self, y): return self.geometry.feed(y) if self.geometry and tuple(y.shape[-2:]) != self.geometry.encoder else y
+    def view(self, y):
+        "Pictures `y` (B,C,H,W) at the size of the photographs, (B,C,h,w)."
+        return self.geometry.feed(y) if self.geometry and tuple(y.shape[-2:]) != self.geometry.encoder else y
 
     def loss(self, y, w=None, stage=None):
-        "The encoder's term (B,): how far from a photograph each reconstruction looks."
+        "The encoder's term (B,): how far from a photograph each reconstruction `y` (B,C,H,W) looks. `w` and `stage` are not looked at."
         return F.softplus(-self.net(self.view(y)))
 
     def learn(self, i, x, steps, stage=None):
-        "One update of the critic: photographs `x` against the reconstructions of the last step."
+        "One update of the critic at iteration `i`: photographs `x` (B,C,H,W) against the reconstructions of the last of `steps`, at any `stage`; the `dict` of `fight`. ValueError if their sizes differ."
         y = self.view(steps[-1].y)
         if y.shape != x.shape: raise ValueError(f'ImageCritic: reconstructions are {tuple(y.shape)}, photographs {tuple(x.shape)}; give geometry=, that of the model')
         return self.fight(i, x, y)

@@ -16,10 +16,17 @@ from .images import _rng
 # %% ../nbs/06a_machines.ipynb #e2217862
 class Team:
     "The processes that train together; this one is number `rank` of `size`. A team of one talks to nobody."
-    def __init__(self, rank=0, size=1, device=None): self.rank, self.size, self.device = rank, size, device
+    def __init__(self,
+        rank=0,      # Number of this process, from 0
+        size=1,      # How many there are
+        device=None, # Of this process, as in torch; None: where the model is
+    ):
+        self.rank, self.size, self.device = rank, size, device
 
     @property
-    def main(self): return self.rank == 0 # Does this process write the files?
+    def main(self):
+        "Does this process write the files?"
+        return self.rank == 0
 
     @classmethod
     def find(cls):
@@ -52,21 +59,21 @@ def _flat(self:Team, tensors, f):
 @patch
 @torch.no_grad()
 def sum_(self:Team, *tensors):
-    "Each tensor becomes the sum over all processes, in place; returns the first."
+    "Each of `tensors` becomes the sum over all processes, in place; returns the first, as large as it was."
     if self.size > 1: self._flat(tensors, torch.distributed.all_reduce)
     return tensors[0] if tensors else None
 
 @patch
 @torch.no_grad()
 def share_(self:Team, *tensors):
-    "Each tensor becomes that of process 0, in place."
+    "Each of `tensors` becomes that of process 0, in place."
     if self.size > 1: self._flat(tensors, lambda t: torch.distributed.broadcast(t, 0))
 
 # %% ../nbs/06a_machines.ipynb #7fbb2b8e
 @patch
 @torch.no_grad()
 def gather(self:Team, t):
-    "The tensors (n,…) of all processes one after another, (size·n,…); equal shapes everywhere."
+    "The tensors `t` (n,…) of all processes one after another, (size·n,…); equal shapes everywhere."
     if self.size == 1: return t
     parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
     torch.distributed.all_gather(parts, t.contiguous())
@@ -74,7 +81,7 @@ def gather(self:Team, t):
 
 @patch
 def any(self:Team, flag):
-    "Has a process said yes? Everybody hears it."
+    "`True` if any process has a true `flag`; everybody hears it."
     if self.size == 1: return bool(flag)
     return bool(self.sum_(torch.tensor(float(bool(flag)), device=self.device)).item())
 
@@ -93,7 +100,7 @@ class PictureNoise:
 
     def __call__(self,
         shapes,        # (h,w) of each convolution
-        batch:int,     # Pictures; they are the `rows` of the batch
+        batch:int,     # Pictures; they are the `rows` of the batch, ValueError if there are not as many
     )->list:           # One plane (batch,1,h,w) a convolution
         rows, sizes = range(batch) if self.rows is None else self.rows, [h*w for h, w in shapes]
         if len(rows) != batch: raise ValueError(f'noise for {batch} pictures, but {len(rows)} rows are set')
@@ -120,6 +127,7 @@ class _Sum(torch.autograd.Function):
 class SyncNorm(nn.BatchNorm2d):
     "BatchNorm over the pictures of all processes, on any device (PyTorch's own needs CUDA). Each process must bring equally many."
     def forward(self, x):
+        "While training: `x` (B,C,H,W), whitened over the pictures of all processes, scaled and shifted, (B,C,H,W). Else as BatchNorm."
         if not self.training: return super().forward(x)
         everybody = lambda s: _Sum.apply(s)/torch.distributed.get_world_size()
         column = lambda s: s.to(x.dtype)[:, None, None]
@@ -139,7 +147,7 @@ NORMS = 'local', 'sync', 'frozen'
 
 def set_norms(
     encoder:nn.Module,  # Its BatchNorm layers are told
-    policy:str,         # One of `NORMS`
+    policy:str,         # One of `NORMS`: 'sync', 'local' or 'frozen'
     team:Team,          # Who trains
 ):
     "Put an encoder into training mode with this policy. ValueError for an unknown one."
@@ -165,7 +173,7 @@ def agree_on_norms(
 # %% ../nbs/06a_machines.ipynb #80c363f9
 @contextmanager
 def polite():
-    "Yields a list that is filled when SIGTERM or Ctrl-C arrives; the signal takes effect after the block, a second Ctrl-C at once."
+    "A context that yields a `list`, filled when SIGTERM or Ctrl-C arrives; the signal takes effect after the block, a second Ctrl-C at once."
     asked, old, since = [], {}, []
     if threading.current_thread() is not threading.main_thread():    # only there may handlers be set
         yield asked

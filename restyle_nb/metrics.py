@@ -101,7 +101,7 @@ def per_step(
     batch_size=32,   # Pictures at a time
     keep=None,       # A list; the images (n_steps+1,B,C,H,W) of each batch are appended to it, on the CPU
 ):                   # `Table` of n_steps+1 rows
-    "Scores of steps 0 … n_steps, computed on the encoder's view (the curves of Fig. 5)"
+    "Scores of steps 0 … n_steps, computed on the encoder's view (the curves of Fig. 5). ValueError without pictures."
     parts = []
     for b in _views(net, x, batch_size):
         ys = _images(net, b, n_steps)
@@ -161,7 +161,7 @@ def compare(
     level=.95,     # Share of the draws inside the interval
     seed=0,        # Of the draws
 ):                 # Mapping metric -> `Difference`
-    "Paired differences of two models with bootstrap intervals"
+    "Paired differences of two models with bootstrap intervals. ValueError unless both were scored on as many pictures."
     g,out = torch.Generator().manual_seed(seed),{}
     for k in a.scores:
         u,v = a.scores[k][steps[0]].double(),b.scores[k][steps[1]].double()
@@ -183,9 +183,13 @@ class identity_metric:
         box='published', # Where the face is, as in `features.face_crop`
     ): self.loss = Identity(face_net, box)
     @torch.no_grad()
-    def features(self, x): return self._at(x).features(x)
+    def features(self, x):
+        "Unit vectors (B,512) of portraits `x` (B,C,H,W) in [-1,1]."
+        return self._at(x).features(x)
     @torch.no_grad()
-    def __call__(self, y, x): return self._at(y).similarity(y, x)
+    def __call__(self, y, x):
+        "Cosine (B,) of the faces in `y` and in `x`, both (B,C,H,W) in [-1,1]."
+        return self._at(y).similarity(y, x)
     def _at(self, x): return self.loss.to(x.device)
 
 # %% ../nbs/08_metrics.ipynb #910175e1
@@ -194,7 +198,7 @@ class QualityTime(list):
     def __init__(self,
         inversions,  # Mapping name -> `Inversion` with `seconds`
         scores,      # Mapping name -> metric -> (T,N)
-        unit=None,   # Name of the method whose first result takes time 1; None: the first
+        unit=None,   # Name of the method whose first result takes time 1; None: the first. ValueError if it is none of them
         higher=(),   # Names of the scores of which more is better
     ):
         self.scores,self.higher,self.unit = scores,frozenset(higher),unit or next(iter(inversions))
@@ -206,8 +210,12 @@ class QualityTime(list):
                 r = _row(inv.labels[t] if inv.labels else t, {m:v[t] for m,v in scores[k].items()})
                 self.append(dict(name=k)|r|dict(seconds=s, times=s/one))
     @property
-    def names(self): return list(self.scores)
-    def of(self, name): return [r for r in self if r['name']==name]
+    def names(self):
+        "Names of the methods, in order."
+        return list(self.scores)
+    def of(self, name):
+        "The rows of the method called `name`, a `list` of dicts."
+        return [r for r in self if r['name']==name]
 
 def _device_name(d):
     return torch.cuda.get_device_name(d) if d.type=='cuda' else f'{d.type}, {torch.get_num_threads()} threads' if d.type=='cpu' else d.type

@@ -41,17 +41,24 @@ class Machine:
         self.pos, self.left, self.spare = 0, max_steps, 2 * len(data) + 2**20
 
     def fail(self, why=None):
+        "Refuse the file: `CheckpointError` with the reason `why`; None: it is damaged."
         raise CheckpointError(f'{self.where}: ' + (why or f'damaged near byte {self.pos}; fetch the file again'))
 
     def read(self, n):
+        "The next `n` bytes of the program, a `memoryview`."
         rest = len(self.data) - self.pos
         if not 0 <= n <= rest: self.fail(f'cut short or damaged: byte {self.pos} announces {n} bytes, {rest} are left; fetch the file again')
         self.pos += n
         return self.data[self.pos-n:self.pos]
 
-    def number(self, fmt): return struct.unpack(fmt, self.read(struct.calcsize(fmt)))[0]
-    def text(self, n): return str(self.read(n), 'utf-8', 'surrogatepass')
+    def number(self, fmt):
+        "The next number of the program, of the struct format `fmt`, an `int` or a `float`."
+        return struct.unpack(fmt, self.read(struct.calcsize(fmt)))[0]
+    def text(self, n):
+        "The next `n` bytes of the program as a `str`."
+        return str(self.read(n), 'utf-8', 'surrogatepass')
     def line(self):
+        "The program up to the end of the line, a `str`."
         n = bytes(self.data[self.pos:self.pos+1000]).index(b'\n')
         return str(self.read(n + 1)[:-1], 'utf-8')
 
@@ -60,7 +67,7 @@ DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, M
 
 @patch
 def load(self:Machine):
-    "Run one program to its end and return what it leaves on the stack."
+    "Run one program to its end and return the `object` it leaves on the stack. `CheckpointError` for a damaged one."
     self.stack, self.marks, self.memo = [], [], {}
     try:
         while (op := bytes(self.read(1))) != pickle.STOP:
@@ -75,14 +82,16 @@ def load(self:Machine):
 
 @patch
 def pop(self:Machine, n):
-    "The topmost `n` values."
+    "The topmost `n` values, a `tuple`; they leave the stack."
     if not 0 <= n <= len(self.stack): self.fail()
     at = len(self.stack) - n
     out, self.stack[at:] = tuple(self.stack[at:]), []
     return out
 
 @patch
-def since_mark(self:Machine): return self.pop(len(self.stack) - self.marks.pop())
+def since_mark(self:Machine):
+    "All values above the last mark, a `tuple`; they leave the stack."
+    return self.pop(len(self.stack) - self.marks.pop())
 
 # %% ../nbs/03a_nvidia.ipynb #7d8f3b24
 def _bytes(m, n): return bytes(o) if len(o := m.read(n)) < 4096 else o
@@ -131,20 +140,24 @@ def _names(m, keys):
 
 # %% ../nbs/03a_nvidia.ipynb #2f57b6ff
 @patch
-def put(self:Machine, i): self.memo[i] = self.stack[-1]
+def put(self:Machine, i):
+    "Remember the topmost value under number `i`."
+    self.memo[i] = self.stack[-1]
 
 @patch
 def protocol(self:Machine, n):
+    "Go on with pickle protocol `n` if it is one of 2 to 5."
     if not 2 <= n <= 5: self.fail(f'pickle protocol {n}, expected 2 to 5; is it the right file?')
 
 @patch
 def frame(self:Machine, n):
+    "Are the `n` bytes of a frame all there?"
     self.read(n)
     self.pos -= n
 
 @patch
 def spend(self:Machine, n):
-    "What is made of the file may not outgrow it."
+    "What is made of the file, `n` bytes more, may not outgrow it."
     self.spare -= n
     if self.spare < 0: self.fail('would unpack to more than it holds; is it the right file?')
 
@@ -161,7 +174,7 @@ class _Record:
 
 @patch
 def find(self:Machine, module, name):
-    "What stands for a name in the file: a word, a function of ours, or a refusal."
+    "What stands for `name` in `module`: a word as `str`, a function of ours, or a refusal."
     if type(module) is not str or type(name) is not str: self.fail()
     full = f'{module}.{name}'
     if re.fullmatch(self.words, full): return full
@@ -174,7 +187,7 @@ def find(self:Machine, module, name):
 
 @patch
 def call(self:Machine, f, args, kwargs=()):
-    "Let a function of ours make something."
+    "Let `f`, a function of ours, make an `object` of the tuple `args`; there are no `kwargs`."
     if not isinstance(f, _Maker) or type(args) is not tuple or kwargs: self.fail()
     self.calling = f.name
     return f.make(self, *args)
@@ -202,7 +215,7 @@ def _storage(m, blob):
 
 @patch
 def persistent(self:Machine, claim):
-    "What a storage says of itself."
+    "What a storage says of itself in the tuple `claim`: `dtype`, key and length."
     word, kind, key, device, n, *view = claim
     if word != 'storage' or type(key) is not str or type(n) is not int or any(view): self.fail()
     return _STORAGES[kind.rpartition('.')[2]], key, n

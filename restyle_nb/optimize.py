@@ -22,7 +22,7 @@ def ramp(
     up:float=.05,   # Share of the run over which the rate grows, linearly from 0
     down:float=.25, # Share over which it falls, along a cosine, to 0
 )->float:           # Factor of the learning rate
-    "Learning-rate schedule of StyleGAN2's projector. A length of 0 leaves that ramp out."
+    "Learning-rate schedule of StyleGAN2's projector (Karras et al. 2020, App. D). A length of 0 leaves that ramp out."
     fall = min(1., (1 - t)/down) if down else 1.
     return (.5 - .5*math.cos(math.pi*fall))*(min(1., t/up) if up else 1.)
 
@@ -31,7 +31,7 @@ def shake(
     strength:float=.05, # At t = 0
     length:float=.75,  # Time at which it has gone
 )->float:              # Standard deviation of the noise on the code
-    "Schedule of the noise that is added to the code."
+    "Schedule of the noise that is added to the code (Karras et al. 2020, App. D)."
     return strength*max(0., 1 - t/length)**2 if length else 0.
 
 # %% ../nbs/09_optimize.ipynb #aa76dcef
@@ -52,7 +52,7 @@ def code_spread(
 def noise_correlation(
     plane:torch.Tensor, # Noise (B,1,h,w)
 )->torch.Tensor:        # (B,), 0 where no pixel knows its neighbours
-    "Squared correlation with the left and the upper neighbour, at every scale down to 8 pixels, summed."
+    "Squared correlation with the left and the upper neighbour, at every scale down to 8 pixels, summed (Karras et al. 2020, App. D)."
     total = 0.
     while True:
         for axis in (3, 2): total = total + (plane*plane.roll(1, axis)).mean((1, 2, 3)).square()
@@ -99,7 +99,7 @@ def descend(
     noise_weight:float=1e5, # Weight of `noise_correlation`
     seed:int=0,         # Of the code's noise
 ):                      # Yields (iterations done, loss (B,) before the last of them)
-    "The search of StyleGAN2's projector. Each picture is searched for as if it were alone."
+    "The search of StyleGAN2's projector (Karras et al. 2020, App. D). Each picture is searched for as if it were alone."
     rng = torch.Generator().manual_seed(seed)
     def total(t):
         v = w + shake(t, *noise)*torch.randn(1, *w.shape[1:], generator=rng).to(w)
@@ -111,7 +111,7 @@ def descend(
 # %% ../nbs/09_optimize.ipynb #888222ad
 @contextlib.contextmanager
 def frozen(o):
-    "Evaluation mode and no gradients for the weights of `o` inside the block; all as it was after it."
+    "A context around `o`: if it is a `torch.nn.Module`, evaluation mode and no gradients for its weights inside the block, all as it was after it. Yields it."
     if not isinstance(o, nn.Module): yield o; return
     flags = [(p, p.requires_grad) for p in o.parameters()]
     with evaluating(o):
@@ -234,7 +234,7 @@ def hybrid(
     initial_noise:float=0., # Noise on the code at first; `project`'s .05 would shake off what the encoder found
     **kw,           # Other arguments of `project`
 )->Inversion:       # Entry 0 is what the encoder found; its time is in `.seconds`
-    "Let the encoder begin and the search go on (the hybrid of section 5.2)."
+    "Let the encoder begin and the search go on (the hybrid of section 5.2). ValueError for a start of another kind."
     if 'start' in kw: raise ValueError('hybrid starts from what the encoder finds; for another start use project(…, start=…)')
     with torch.inference_mode(False): start = net.invert(x, n_steps, timed=True)
     return project(net, start.x, steps=steps, start=start, initial_noise=initial_noise, **kw)
@@ -361,7 +361,7 @@ def _abreast(runs):
 # %% ../nbs/09_optimize.ipynb #2cd680c0
 def tune(
     net,                  # `ReStyle`, whose generator painted the inversion; neither is changed
-    inv:Inversion,        # Its last codes are the pivots, its noise planes stay
+    inv:Inversion,        # Its last codes are the pivots, its noise planes stay; TypeError for another thing
     steps:int=350,        # Iterations, at most
     lr:float=3e-4,        # Learning rate, constant
     l2:float=1.,          # Weight of the mean squared difference
@@ -373,7 +373,7 @@ def tune(
     each:bool=False,      # A generator for each picture, instead of one for all?
     seed:int=0,           # Of the neighbours
 ):                        # (frozen `Generator`, or with `each` a list of them; `Inversion` with entries 'tune …' painted by it)
-    "Pivotal tuning: train a copy of the generator to paint these pictures at these codes. ValueError for what does not fit or is not finite."
+    "Pivotal tuning (Roich et al. 2021): train a copy of the generator to paint these pictures at these codes. ValueError for what does not fit or is not finite."
     if not isinstance(net.generator, nn.Module): raise TypeError(f'{type(net.generator).__name__} is no torch Module; only a network can be tuned')
     if stop is not None and not lpips: raise ValueError('stop is a bound on LPIPS; give lpips a weight, or stop=None')
     if locality and not hasattr(net.generator, 'map'): raise ValueError('this generator has no method `map`, so nobody is known near the pivots; use locality=0')

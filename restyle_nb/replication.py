@@ -55,12 +55,17 @@ class Verdict:
 
     @property
     def verdict(self):
+        "One of `VERDICTS`: have all, some or none of the checks held?"
         held = sum(self.checks.values())
         return VERDICTS[0 if held == len(self.checks) else 1 if held else 2]
     @property
-    def source(self): return CLAIMS[self.claim][0]
+    def source(self):
+        "Where the paper says it."
+        return CLAIMS[self.claim][0]
     @property
-    def sentence(self): return CLAIMS[self.claim][1]
+    def sentence(self):
+        "What the paper says."
+        return CLAIMS[self.claim][1]
 
 # %% ../nbs/12a_replication.ipynb #7e8d4546
 def _numbers(v):
@@ -126,7 +131,9 @@ def read_verdicts(
 
 class Report(dict):
     "Key of `CLAIMS` -> `Verdict`, as a table: a row for every claim, whether or not it was tested."
-    def count(self): return {k: sum(v.verdict == k for v in self.values()) for k in VERDICTS} | {'not tested': len(CLAIMS) - len(self)}
+    def count(self):
+        "How many claims came out how, a `dict` from `VERDICTS` and 'not tested' to numbers."
+        return {k: sum(v.verdict == k for v in self.values()) for k in VERDICTS} | {'not tested': len(CLAIMS) - len(self)}
     def _repr_markdown_(self):
         lines = ['| the paper says | verdict | measured |', '|:--|:--|:--|']
         return '\n'.join(lines + [_report_row(k, self.get(k)) for k in CLAIMS])

@@ -24,12 +24,12 @@ class Step(NamedTuple):
     delta: torch.Tensor # Residual code that was added (B,n_styles,style_dim)
 
 class ReStyle(nn.Module):
-    "An encoder that refines codes of a frozen generator. Anything with `n_styles`, `style_dim`, `latent_avg`, `synthesize(w)` is a generator."
+    "An encoder that refines codes of a frozen generator (Fig. 2). Anything with `n_styles`, `style_dim`, `latent_avg`, `synthesize(w)` is a generator."
     def __init__(self,
         encoder,          # Called as `encoder(x, y)` -> residual (B,n_styles,style_dim)
-        generator,        # Generator; its weights are frozen here
+        generator,        # `Generator`, or what has the parts of one, else TypeError; its weights are frozen here
         geometry:Geometry|None=None, # Encoder's and generator's picture sizes; None: whole picture, at most 256 pixels a side
-        latent_avg:torch.Tensor|None=None, # Average code (n_styles,style_dim) or (style_dim,); None: the generator's
+        latent_avg:torch.Tensor|None=None, # Average code (n_styles,style_dim) or (style_dim,), else ValueError; None: the generator's
         passes:int=5, # Steps the encoder was trained for: what `invert` takes where nothing else is said
     ):
         super().__init__()
@@ -41,11 +41,14 @@ class ReStyle(nn.Module):
         self.geometry = geometry or _geometry(self)
 
     @property
-    def latent_avg(self): # (n_styles,style_dim)
+    def latent_avg(self):
+        "The average code that inversion starts from, (n_styles,style_dim). ValueError if the generator's has another shape."
         return _full_code(self.generator.latent_avg, self.generator) if self.own_avg is None else self.own_avg
 
     @property
-    def device(self): return self.latent_avg.device
+    def device(self):
+        "Where the model is."
+        return self.latent_avg.device
 
 # %% ../nbs/03_restyle.ipynb #8e079c4c
 def _check_generator(g, latent_avg):
@@ -85,7 +88,7 @@ def refines(self:ReStyle)->bool:
 
 @patch
 def first(self:ReStyle, x):
-    "The part of the encoder's first layer that sees `x` alone: the same at every step, worth keeping where no gradient is wanted."
+    "The part of the encoder's first layer that sees `x` (B,C,H,W) alone, (B,c,h,w): the same at every step, worth keeping where no gradient is wanted; else None."
     if torch.is_grad_enabled() or not self.refines or not hasattr(self.encoder, 'forward_from'): return None
     return self.encoder.first(x)
 
@@ -115,7 +118,7 @@ def steps(self:ReStyle,
     start=None,     # `Step`, (w, y), `Inversion` or a code to begin from; None: the average
     **synth,        # Passed to `generator.synthesize`, e.g. noise='random'
 ):                  # Yields a `Step` for t = 1…n
-    "ReStyle: refine `n` times. Answer a step by `send(rows)` to go on with those rows of the batch only (sections 3 and 4)."
+    "ReStyle: refine `n` times. Answer a step by `send(rows)` to go on with those rows of the batch only (section 4, Fig. 2)."
     w, y = self.begin(x, start, n)
     first = self.first(x)
     for t in range(1, n + 1):
@@ -130,7 +133,7 @@ def steps(self:ReStyle,
 def start(self:ReStyle,
     n:int=1, # Batch size
 )->tuple:    # w_0 (n,n_styles,style_dim), y_0 (n,C,H,W)
-    "The average code and its picture, computed once; both are views to be read, not written. ValueError if the average is unknown."
+    "The average code and its picture (section 4), computed once; both are views to be read, not written. ValueError if the average is unknown."
     now = _fingerprint(self.generator, self.latent_avg)
     if self._cached[0] != now:
         if self.own_avg is None and not getattr(self.generator, 'has_latent_avg', True):
@@ -142,7 +145,7 @@ def start(self:ReStyle,
 
 @patch
 def begin(self:ReStyle, x, start=None, n=1):
-    "w_0 and y_0 for a batch `x`, checked."
+    "w_0 (B,n_styles,style_dim) and y_0 (B,C,H,W) for `n` steps on targets `x` (B,C,H,W), from `start` as in `steps`. ValueError for what does not fit."
     e, shape = self.geometry.encoder, (len(x), self.generator.n_styles, self.generator.style_dim)
     if x.ndim != 4 or tuple(x.shape[-2:]) != tuple(e):
         raise ValueError(f'x has shape {_shape(x)}, expected (batch, channels, {e[0]}, {e[1]}); resize it with geometry.fit(x)')
@@ -178,15 +181,25 @@ class Inversion:
 
     def __len__(self): return len(self.x)
     @property
-    def n_steps(self): return len(self.deltas)
+    def n_steps(self):
+        "Steps after the start."
+        return len(self.deltas)
     @property
-    def titles(self): return [o if isinstance(o, str) else f'step {o}' for o in self.labels or range(self.n_steps + 1)] # of the entries
+    def titles(self):
+        "Of all n+1 entries, 'step 0' first."
+        return [o if isinstance(o, str) else f'step {o}' for o in self.labels or range(self.n_steps + 1)]
     @property
-    def best(self): return self.errors.argmin(0) # (B,)
+    def best(self):
+        "The entry with the smallest error, of each picture: (B,)."
+        return self.errors.argmin(0)
     @property
-    def best_codes(self): return self._pick(self.codes) # (B,n_styles,style_dim)
+    def best_codes(self):
+        "Of each picture the code with the smallest error, (B,n_styles,style_dim)."
+        return self._pick(self.codes)
     @property
-    def best_images(self): return self._pick(self._need_images()) # (B,C,H,W)
+    def best_images(self):
+        "Of each picture the reconstruction with the smallest error, (B,C,H,W). ValueError if it was saved without images."
+        return self._pick(self._need_images())
     def _pick(self, o): return o[self.best.to(o.device), torch.arange(len(self), device=o.device)]
     def _need_images(self):
         if self.images is None: raise ValueError('this Inversion was saved without images; paint them again with .redraw(generator)')
@@ -286,14 +299,19 @@ def invert(self:ReStyle,
 # %% ../nbs/03_restyle.ipynb #69a83d8f
 class Clock:
     "Seconds since it was made, `()`; a device's queue is emptied first, so that its work counts."
-    def __init__(self, device=None): self.device, self.began = torch.device(device or 'cpu'), 0.; self.began = self()
+    def __init__(self,
+        device=None, # Whose queue is emptied; None: the processor's, which has none
+    ):
+        self.device, self.began = torch.device(device or 'cpu'), 0.; self.began = self()
     def __call__(self): # Seconds
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
         elif self.device.type == 'mps': torch.mps.synchronize()
         return time.perf_counter() - self.began
 
 @contextlib.contextmanager
-def evaluating(net):
+def evaluating(
+    net, # `nn.Module`
+):       # A context; yields the module
     "Evaluation mode inside the block; every submodule's own mode again after it."
     modes = [(m, m.training) for m in net.modules()]
     net.eval()
@@ -397,7 +415,7 @@ def load(cls:Inversion,
     path,          # File written by `save`
     device='cpu',  # Where to
 )->Inversion:
-    "Read what `save` wrote; ValueError naming the file if it holds something else."
+    "Read what `save` wrote; ValueError naming the file if it holds something else, FileNotFoundError if it is not there."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise FileNotFoundError(f'{path}: there is no such file')
     try:

@@ -109,7 +109,7 @@ class Machine:
     precision:str|None = opt(None, 'fp32, bf16 or fp16; none: what accelerate launch was told, else fp32')
     micro_batch:int|None = opt(None, 'pictures at a time, where a batch does not fit; none: all')
     batchnorm:str = opt('local', 'statistics over a process (local), over all (sync), or as they are (frozen)')
-    recompute_from:int|None = opt(None, 'generator blocks of this size and up are computed twice rather than kept')
+    recompute_from:int|None = opt(None, 'blocks of this size and up are painted twice rather than kept: for generators of your own, ours keep as little without')
     workers:int = opt(0, 'processes that decode ahead')
     channels_last:bool = opt(True, 'memory layout')
     keep_memory:bool = opt(True, 'on the CPU, freed memory stays with the process: faster, and it does not shrink')
@@ -176,7 +176,7 @@ def cast(
     f,      # A field of `Options`
     value,  # What a file, a command line or a program gave
 ):          # The value, of the field's kind
-    "A value of the right kind, or `OptionError`."
+    "A value of the right kind. Any other is refused: `OptionError` says what was expected."
     say = lambda expected: OptionError(f'{f.name} ({f.metadata["doc"]}): found {reprlib.repr(value)}, expected {expected}')
     try: v = _as(f.type, value)
     except (ValueError, TypeError, OverflowError): raise say(_words(f.type)) from None
@@ -236,9 +236,9 @@ def _escaped(c):
 
 # %% ../nbs/07c_runs.ipynb #e44edf9b
 def as_text(
-    options:Options,
+    options:Options, # `Options` of the run
     equals=': ',   # ': ' for YAML, ' = ' for TOML
-)->str:
+)->str:            # Text of a file; a line that begins with # says what a group is
     "All options of a run, a line each, with what they mean."
     from restyle_nb import __version__
     say = lambda v: '"none"' if v is None and '=' in equals else _plain(v)
@@ -252,9 +252,9 @@ def _repr_markdown_(self:Options): return f'```yaml\n{as_text(self)}```'
 
 # %% ../nbs/07c_runs.ipynb #acd5d768
 def write_options(
-    options:Options,
+    options:Options, # `Options` of the run
     path,           # File that ends in .yaml, .yml or .toml; replaced in one stroke
-)->Path:
+)->Path:            # The file
     "Write all options of a run. `ImageError` if the place cannot be written."
     path = Path(path)
     with atomic_write(path) as part: part.write_text(as_text(options, ' = ' if path.suffix == '.toml' else ': '), encoding='utf-8')
@@ -411,9 +411,9 @@ def _parts(o, net):
 
 # %% ../nbs/07c_runs.ipynb #b3103f76
 def settle(
-    o:Options,
+    o:Options, # `Options`, None where the rest decides
     generator, # `Generator` of the run
-)->Options:
+)->Options:    # A copy without None
     "Options without gaps: sizes from the generator, the rest of `own` by size; paths are made absolute. `OptionError` for another generator than noted."
     size = o.encoder_size or Geometry.for_generator(generator.shapes[-1]).encoder
     size = (size, size) if isinstance(size, int) else size
@@ -436,8 +436,8 @@ def _absolute(name, v):
     return path if name in ('data', 'val') and '://' not in v and (v not in domains() or os.path.exists(path)) else v
 
 def fingerprint(
-    generator:torch.nn.Module,
-)->str: # 16 digits
+    generator:torch.nn.Module, # `Generator`; buffers do not count
+)->str:                        # 16 digits
     "What tells one generator's weights from another's."
     h = hashlib.sha256()
     for k, p in sorted(generator.named_parameters()): h.update(k.encode() + p.detach().cpu().float().contiguous().numpy().tobytes())
@@ -447,8 +447,8 @@ def fingerprint(
 FREE = 'data', 'val', 'recursive', 'on_error', 'memory', 'cache', 'generator', 'face_net', 'moco_net', 'out', 'device'   # may be elsewhere when a run goes on
 
 def differences(
-    then:Options,
-    now:Options,
+    then:Options, # `Options` of a run that is there
+    now:Options, # Those wanted now
 )->dict:          # Name -> (then, now)
     "Options that differ."
     return {k: (a, b) for k in ALL if (a := getattr(then, k)) != (b := getattr(now, k))}
@@ -471,7 +471,7 @@ def _in_words():
 # %% ../nbs/07c_runs.ipynb #282f1f48
 @_in_words()
 def build(
-    options:Options,
+    options:Options, # `Options`; generator and data must be given
     resume=None,     # Folder of the run to go on with; `options` are its own, from `read_options(folder, **changes)`
     fine_tune=None,  # Folder of a run, name in the zoo, or file of weights to begin from
 )->Trainer:          # With `options`, settled
@@ -521,8 +521,8 @@ def carry_out(
     trainer:Trainer, # From `build`
     watch=(),        # Watchers, as in `Trainer.fit`
     progress=False,  # As in `Trainer.fit`
-)->Trainer:
-    "Do a run: options and checkpoints go to its folder, and at the end the best encoder with its generator, as one file that `load_model` reads."
+)->Trainer:          # The same, at its last iteration
+    "Do a run: options and checkpoints go to its folder, and at the end the best encoder with its generator, as one file that `load_model` reads. `OptionError` for a run without folder or length."
     t = trainer
     for k, v in dict(out=t.folder, iterations=t.iterations).items():
         if v is None: raise OptionError(f'{k}: not given; set it to the {ALL[k].metadata["doc"]}')
@@ -533,11 +533,11 @@ def carry_out(
 
 # %% ../nbs/07c_runs.ipynb #8361e077
 def train(
-    options:Options,
+    options:Options, # `Options`, as in `build`
     resume=None,     # As in `build`
     fine_tune=None,  # As in `build`
     **how,           # `watch` and `progress`, as in `Trainer.fit`
-)->Trainer:
+)->Trainer:          # At its last iteration
     "Build a run and do it; from a notebook, on several GPUs: `accelerate.notebook_launcher(train, (options,))`."
     return carry_out(build(options, resume, fine_tune), **how)
 
@@ -546,8 +546,8 @@ def load(
     device='cpu',    # 'auto', 'cpu', 'cuda', 'mps'
     best:bool=True,  # The encoder that validated best; False: the last one
     generator=None,  # `Generator`, if it is there already
-)->ReStyle:
-    "The encoder of a run, ready to invert."
+)->ReStyle:          # In evaluation mode, on `device`
+    "The encoder of a run, ready to invert. `OptionError` if its generator is gone."
     o = read_options(run)
     return load_run(run, generator or _generator(o), best=best).to(pick_device(device))
 

@@ -222,7 +222,9 @@ class Alignment:
     bar: float      # What `low` must reach
 
     @property
-    def aligned(self): return self.low >= self.bar
+    def aligned(self):
+        "Does the interval's lower end reach the bar?"
+        return self.low >= self.bar
     def __str__(self):
         verdict = 'one latent space' if self.aligned else 'related, but not one latent space' if self.low > .5 else 'not more than chance: two latent spaces'
         return (f'{verdict}: twins agree better than {self.share:.1%} of strangers ({self.level:.0%} interval {self.low:.1%} to {self.high:.1%}, chance 50 %); '
@@ -279,7 +281,7 @@ def alignment(
     second,          # `Generator`, or anything with `synthesize`, that takes the same codes
     n:int=256,       # Codes
     judge=None,      # What is compared: function (N,C,H,W) -> (N,D), or an object with `features`; None: `layout_features`
-    by:str='w',      # 'w': both get the codes of `first`; 'z': each maps the same z itself
+    by:str='w',      # 'w': both get the codes of `first`; 'z': each maps the same z itself; ValueError for another, or codes that do not fit
     seed:int=0,      # Of the codes
     **kw,            # Further arguments of `agreement`: bar, n_boot, level
 )->Alignment:
@@ -325,14 +327,24 @@ class Toon:
     generator: Generator         # That draws the toons
 
     @property
-    def images(self): return self.inversion.images[-1]     # (B,C,H,W), the last step's
+    def images(self):
+        "What the last step drew, (B,C,H,W)."
+        return self.inversion.images[-1]
     @property
-    def codes(self): return self.inversion.codes[-1]       # (B,n_styles,style_dim)
+    def codes(self):
+        "Of the last step, (B,n_styles,style_dim)."
+        return self.inversion.codes[-1]
     def __len__(self): return len(self.inversion)
     @property
-    def titles(self): return ['inverted', *(f'toon {t}' for t in range(1, self.inversion.n_steps + 1))]
-    def show(self, n=8, **kw): self.inversion.show(n, **dict(titles=self.titles) | kw)
-    def strip(self, n=8, **kw): return self.inversion.strip(n, **dict(names=None, titles=self.titles) | kw)
+    def titles(self):
+        "Of the columns of a film strip."
+        return ['inverted', *(f'toon {t}' for t in range(1, self.inversion.n_steps + 1))]
+    def show(self, n=8, **kw):
+        "Film strip of the first `n` as a matplotlib figure; `kw` as in `Inversion.show`."
+        self.inversion.show(n, **dict(titles=self.titles) | kw)
+    def strip(self, n=8, **kw):
+        "Film strip of the first `n` as a `PIL.Image`; `kw` as in `Inversion.strip`."
+        return self.inversion.strip(n, **dict(names=None, titles=self.titles) | kw)
     def _repr_png_(self): return self.inversion._repr_png_()
     def __repr__(self): return f'Toon of {len(self)} in {self.inversion.n_steps} steps, drawn by {_name(self.generator)}; {self.alignment or "alignment not asked"}'
 
@@ -358,7 +370,7 @@ def _net(o, other): return o if isinstance(o, ReStyle) else load_model(o, other.
 class StyleScale:
     "A ruler between two worlds that looks at style alone: 0 is the mean of the first, 1 of the second. Called as a metric, `(y) -> (B,)`."
     def __init__(self,
-        first,    # Pictures (N,C,H,W) of the first world, uint8 or float in [-1,1]
+        first,    # Pictures (N,C,H,W) of the first world, uint8 or float in [-1,1]; ValueError for fewer than 4, or worlds that look alike
         second,   # Pictures (M,C,H,W) of the second; they need not be of the same persons
         net=None, # `LPIPS`, whose AlexNet looks; None: a fresh one
     ):
@@ -374,9 +386,12 @@ class StyleScale:
         if not one > zero: raise ValueError('StyleScale: the two worlds cannot be told apart; give more pictures, or other ones')
         self.v, self.zero = v/(one - zero), zero/(one - zero)
 
-    def look(self, y): # (N,1280), what there is in a picture, wherever it is
+    def look(self, y):
+        "What there is in pictures `y` (B,C,H,W), wherever it is: (B,1280)."
         layers = zip(*[list(self.net.layers(o))[:3] for o in y.clamp(-1, 1).split(64)])
         return torch.cat([f for h in map(torch.cat, layers) for f in (h.mean((2, 3)), h.std((2, 3)))], 1)
 
     @torch.no_grad()
-    def __call__(self, y, target=None): return self.look(y) @ self.v - self.zero   # (B,); a target, as metrics have one, is not looked at
+    def __call__(self, y, target=None):
+        "Where pictures `y` (B,C,H,W) stand, (B,); a `target`, as metrics have one, is not looked at."
+        return self.look(y) @ self.v - self.zero

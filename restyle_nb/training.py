@@ -31,7 +31,7 @@ class TrainingError(RuntimeError): "Training cannot start or go on; the message 
 
 # %% ../nbs/07_training.ipynb #b1ac7130
 class Trainer:
-    "Trains `net.encoder` by N refinement steps a batch; the generator stays as it is. Same seed, same machine: same weights, interrupted or not."
+    "Trains `net.encoder` by N refinement steps a batch (section 4); the generator stays as it is. Same seed, same machine: same weights, interrupted or not."
     def __init__(self,
         net,                # `ReStyle`
         data,               # Pictures: tensor (N,C,H,W) uint8 or float in [-1,1], `ImageFolder`, or a data set of such pictures
@@ -61,7 +61,7 @@ class Trainer:
         precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: what `accelerate launch` was told, else 'fp32'
         batchnorm:str='local', # What BatchNorm counts: 'local', 'sync' or 'frozen', see `machines.set_norms`
         ema:float|None=None, # What an average of the encoder keeps of itself at each iteration, e.g. .999; it is then what is validated and kept
-        recompute_from:int|None=None, # Blocks of the generator of this side and more are computed anew in the backward pass: less memory, more time
+        recompute_from:int|None=None, # Blocks of this side and more are painted anew in the backward pass: for generators of your own. A frozen `Generator` keeps no less with it: its layers are lean already, see `slim`
         workers:int=0,      # Processes that read pictures ahead
     keep_memory:bool=True, # On the CPU: what a step has freed stays with the process for the next one, see `fast.keep_memory`
     compile=False,      # True, or a mode of `torch.compile`: encoder and generator become compiled code; needs a C++ compiler, or Triton on a GPU
@@ -89,7 +89,7 @@ def _begin(self:Trainer, given):
 def train_batch(self:Trainer,
     x:torch.Tensor, # Targets (B,C,H,W) in [-1,1]; of several processes, this one's
 )->torch.Tensor:    # (1 + losses, N): total and each loss, at each step; detached, still on the device
-    "One iteration: N steps, a loss and a backward pass after each (section 3). Too little memory halves `micro_batch`."
+    "One iteration: N steps, a loss and a backward pass after each (section 4). Too little memory halves `micro_batch`."
     with slim(self.net.generator), nullcontext() if self.compile else spare(self.net.encoder): return self._train(x)
 
 @patch
@@ -182,7 +182,7 @@ def _norms(self:Trainer): return [b.clone() for b in self.net.encoder.buffers()]
 def _halve(self:Trainer, n, norms):
     "Fewer pictures at a time. `TrainingError` if there is only one, or if others wait for our part of BatchNorm."
     now = min(self.micro_batch or n, n)
-    if now == 1: self._stop('out of memory with a single picture at a time', "Set recompute_from=64, precision='bf16' or a smaller encoder")
+    if now == 1: self._stop('out of memory with a single picture at a time', "Set precision='bf16', take a smaller encoder or, with a generator of your own, recompute_from=64")
     if self.batchnorm == 'sync' and self.team.size > 1: self._stop(f'out of memory with {now} pictures at a time', f"Resume with micro_batch={(now + 1)//2}")
     self.micro_batch = self.config['micro_batch'] = (now + 1)//2
     self._clear()
@@ -194,7 +194,7 @@ def _halve(self:Trainer, n, norms):
 # %% ../nbs/07_training.ipynb #c50496c2
 @patch
 def batch(self:Trainer, i):
-    "Pictures of iteration `i` that are this process's, on the device."
+    "Pictures of iteration `i` that are this process's: (b,C,H,W) in [-1,1] on the device, b its share of `batch_size`."
     x = self.loader.batch(i, *self._rows())
     if self.device.type == 'cuda': x = x.pin_memory()
     x = x.to(self.device, non_blocking=True)
@@ -205,7 +205,7 @@ def _rows(self:Trainer): return (self.team.rows(self.batch_size),) if self.team.
 
 @patch
 def learning_rate(self:Trainer, i):
-    "Learning rate of iteration `i`, from 0."
+    "Learning rate of iteration `i`, from 0: the schedule's share of `lr`, a `float`."
     t = min(i/self.iterations, 1.) if self.iterations else 0.
     return self.lr*float(self._schedule(t))*(min(1., (i + 1)/self.warmup) if self.warmup else 1.)
 
@@ -252,9 +252,22 @@ def _follow(self:Trainer):
     for b, new in zip(a.buffers(), e.buffers()): b.copy_(new)
 
 # %% ../nbs/07_training.ipynb #b082bbc3
-def constant(t): return 1.
-def cosine(t): return .5*(1 + math.cos(math.pi*t))
-def hold_linear(t, hold=.5): return 1. if t < hold else (1 - t)/(1 - hold)
+def constant(
+    t, # Share of the run that is done, 0 to 1
+)->float: # Factor of the learning rate
+    "The learning rate stays as it is, as in the published code."
+    return 1.
+def cosine(
+    t, # Share of the run that is done, 0 to 1
+)->float: # Factor of the learning rate, 1 to 0
+    "Half a wave, from all to nothing (Loshchilov & Hutter 2017)."
+    return .5*(1 + math.cos(math.pi*t))
+def hold_linear(
+    t,       # Share of the run that is done, 0 to 1
+    hold=.5, # Share of the run before the fall begins
+)->float:    # Factor of the learning rate, 1 to 0
+    "All of it for the first part of the run, then a straight line to nothing."
+    return 1. if t < hold else (1 - t)/(1 - hold)
 
 SCHEDULES = dict(constant=constant, cosine=cosine, linear=hold_linear)
 
@@ -313,17 +326,31 @@ def _equip(self:Trainer):
     if self.keep_memory and self.device.type == 'cpu': keep_memory()
     if self.compile: self._compile()
 
-def adam(params, lr): return torch.optim.Adam(params, lr, fused=params[0].device.type in ('cpu', 'cuda'))
+# %% ../nbs/07_training.ipynb #8cb3897d
+def adam(
+    params, # Parameters to train
+    lr,     # Learning rate
+)->torch.optim.Optimizer: # Fused where the device has that
+    "Adam (Kingma & Ba 2015)."
+    return torch.optim.Adam(params, lr, fused=params[0].device.type in ('cpu', 'cuda'))
 
 # %% ../nbs/07_training.ipynb #28dd7084
 class Ranger(torch.optim.RAdam):
     "Rectified Adam on centred gradients, with lookahead: the optimiser of the published code, with its constants. The library `pytorch_optimizer` has it, too."
-    def __init__(self, params, lr=1e-4, betas=(.95, .999), eps=1e-5, k=6, alpha=.5):
+    def __init__(self,
+        params,            # Parameters to train, or groups of them
+        lr=1e-4,           # Learning rate
+        betas=(.95, .999), # Decay of the running mean and square, 0 to 1
+        eps=1e-5,          # Added to the root of the mean square
+        k=6,               # Steps from one look ahead to the next
+        alpha=.5,          # How far the slow weights then follow, 0 to 1
+    ):
         self.k, self.alpha = k, alpha
         super().__init__(params, lr, betas, eps)
 
     @torch.no_grad()
     def step(self, closure=None):
+        "One update; every `k` steps the weights go back part of the way. `closure` is there for PyTorch's sake and is not called."
         ps = [p for g in self.param_groups for p in g['params'] if p.grad is not None]
         for p in ps: # a 3-d weight is a stack of linear layers, one a style
             if p.ndim > 1: p.grad -= p.grad.mean((2,) if p.ndim==3 else tuple(range(1, p.ndim)), keepdim=True)
@@ -417,7 +444,9 @@ class _Watchers:
 
 # %% ../nbs/07_training.ipynb #91c11527
 @patch(as_prop=True)
-def names(self:Trainer): return ['loss', *self.objective.terms, *(c.name for c in self.critics)]
+def names(self:Trainer):
+    "What the history calls the numbers of each step: the total, each loss, each critic."
+    return ['loss', *self.objective.terms, *(c.name for c in self.critics)]
 
 @patch
 def _log(self:Trainer):
@@ -600,7 +629,9 @@ def _anew(x, m, given):
     return torch.autograd.graph.saved_tensors_hooks(lambda o: make if o.data_ptr() == at and o.shape == shape else o, again)
 
 @contextmanager
-def spare(encoder):
+def spare(
+    encoder, # `Encoder`, or any module with `nn.Sequential` chains
+):           # A context; yields the encoder
     "Inside, the chains of an encoder keep less; the same gradients to the last digit."
     chains = [m for m in encoder.modules() if type(m) is nn.Sequential]
     for m in chains: m.__class__ = _Sparing
@@ -624,15 +655,20 @@ def _compile(self:Trainer):
 # %% ../nbs/07_training.ipynb #eef1f919
 class History:
     "Rows of a run: dicts with `iteration`, `split` ('train' or 'val'), `first_step` and one list a loss, an entry a step."
-    def __init__(self, rows=None): self.rows = list(rows or [])
+    def __init__(self,
+        rows=None, # dicts, one a line of the log, with 'iteration' and 'split'; None: empty
+    ):
+        self.rows = list(rows or [])
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i]
-    def of(self, split): return [r for r in self.rows if r['split'] == split]
+    def of(self, split):
+        "The rows of one `split`, 'train' or 'val', as a `list` of dicts."
+        return [r for r in self.rows if r['split'] == split]
     def _repr_markdown_(self): return self.table(what='loss') or self.table('train', 'loss') or 'nothing yet'
 
     @classmethod
     def read(cls, path):
-        "From a `history.jsonl`; a last line torn by a crash is left out."
+        "A `History` from the file `path`, a `history.jsonl`; a last line torn by a crash is left out."
         rows = []
         for line in Path(path).read_text().splitlines():
             try: rows.append(json.loads(line))
@@ -685,13 +721,13 @@ def stage_at(
     start:int=20_000, # First iteration with a style of its own
     every:int=2_000,  # Iterations until the next one joins
 )->int:               # 0 (one w for all) to n_styles - 1 (W+)
-    "How many styles may differ from the first in iteration `i`."
+    "How many styles may differ from the first in iteration `i` (e4e's progressive training, Tov et al. 2021)."
     return 0 if i < start else min(1 + (i - start)//every, n_styles - 1)
 
 # %% ../nbs/07_training.ipynb #419a6334
 @patch
 def stage_of(self:Trainer, i):
-    "Stage of iteration `i`: a number, or None for all styles."
+    "Stage of iteration `i`: the last style with a deviation of its own, a number; `None`: all have one."
     if self.progressive: return stage_at(i, self.net.generator.n_styles, *self.progressive)
     return self._head.stage if self._staged else None
 
@@ -884,7 +920,7 @@ def _tell(t):
 
 @patch
 def restore_best(self:Trainer):
-    "Put the weights of the best validation so far (`best.pt`) into the encoder; returns their iteration."
+    "Put the weights of the best validation so far (`best.pt`) into the encoder; returns their iteration. `TrainingError` if there are none."
     state = _read(self.folder/'best.pt')
     self.net.encoder.load_state_dict(state['encoder'])
     self._rest(state['iteration'])
@@ -1052,7 +1088,7 @@ class _Bar:
 # %% ../nbs/07_training.ipynb #6348ba75
 @dataclass(frozen=True)
 class Preset:
-    "What one encoder of the paper was trained with. Data only: `preset(name, entry=…)` gives one with other entries."
+    "What one encoder of the paper (§5.1, App. A) was trained with. Data only: `preset(name, entry=…)` gives one with other entries."
     name:str            # '<domain>-<method>'
     size:int            # Side of the generator's pictures
     trunk:str           # One of `encoders.TRUNKS`
@@ -1063,20 +1099,20 @@ class Preset:
     encoder_size:tuple=(256,256) # Picture (H,W) the encoder sees
     box:tuple|None=None # What is picture in the generator's output: (top,left,bottom,right); None: all
     l2:float=1.         # Weights of the losses, 0: not used
-    lpips:float=.8
-    identity:float=0.
-    moco:float=0.
-    w_norm:float=0.
+    lpips:float=.8 # Perceptual distance
+    identity:float=0. # Same face, by a face network
+    moco:float=0. # Same thing, by MoCo features, for other domains
+    w_norm:float=0. # Length of the code, from the average
     delta:float=0.      # Lengths of the deltas (e4e)
     adversarial:float=0.# Latent discriminator (e4e)
     progressive:tuple|None=None # (start, every) of its stages (e4e)
-    optimizer:str='ranger'
-    lr:float=1e-4
-    batch_size:int=8
+    optimizer:str='ranger' # 'ranger' or 'adam', as in `Trainer`
+    lr:float=1e-4 # Learning rate
+    batch_size:int=8 # Pictures an iteration
     n_steps:int=5       # 1: a single-pass encoder, which sees the target only
-    update:str='batch'
-    noise:str='random'
-    flip:bool=True
+    update:str='batch' # 'batch' or 'step', as in `Trainer`
+    noise:str='random' # 'random' or 'fixed', while training
+    flip:bool=True # Mirror half of the pictures?
     iterations:int|None=None # Length of the published run; None: not published
     note:str=''         # Where a number comes from, or what is missing
 
@@ -1101,6 +1137,7 @@ _known = {'faces-psp': dict(iterations=110_000, note=_issue), 'cars-psp': dict(i
 class Presets(dict):
     "Presets by name; shows itself as a table."
     def rows(self):
+        "Yields one row a preset, a `dict` of words, for a table."
         for p in self.values():
             w = {k: v for k in (*LOSSES, 'adversarial') if (v := getattr(p, k))}
             yield {'preset': p.name, 'generator': f'{p.size}²', 'encoder sees': '{} × {}'.format(*p.encoder_size), 'trunk': p.trunk, 'head': p.head,
@@ -1121,13 +1158,15 @@ def preset(
     /,
     **entries, # Entries that shall differ, e.g. size=256, head='fpn', iterations=20_000
 )->Preset:
-    "Settings of the paper by name, with changes. `TrainingError` for an unknown name."
+    "Settings of the paper (§5.1, App. A) and its published code by name, with changes. `TrainingError` for an unknown name."
     if name not in PRESETS: raise TrainingError(f'no preset {name!r}; there are {", ".join(PRESETS)}')
     return replace(PRESETS[name], **entries)
 
 # %% ../nbs/07_training.ipynb #4d379487
 @patch(as_prop=True)
-def geometry(self:Preset): return Geometry(self.encoder_size, (self.size,)*2, self.box)
+def geometry(self:Preset):
+    "The `Geometry` that the encoder sees the generator's pictures by."
+    return Geometry(self.encoder_size, (self.size,)*2, self.box)
 
 @patch
 def encoder(self:Preset,
@@ -1170,7 +1209,7 @@ def objective(self:Preset,
 def critics(self:Preset,
     generator, # The generator whose codes are the real ones: it has `map(z)`
 )->list:       # Of one `LatentCritic`, or empty
-    "The preset's critics, with e4e's settings."
+    "The preset's critics, with e4e's settings. `TrainingError` if the generator has no `map`."
     if not self.adversarial: return []
     if not hasattr(generator, 'map'):
         raise TrainingError(f'{self.name}: the latent critic draws real codes with generator.map(z), which {type(generator).__name__} lacks; leave it out with adversarial=0')

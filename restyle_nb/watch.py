@@ -29,8 +29,8 @@ from .training import PRESETS, History, Trainer, TrainingError
 # %% ../nbs/07b_watch.ipynb #4511be39
 @contextlib.contextmanager
 def untouched(
-    trainer, # `Trainer`
-):
+    trainer, # `Trainer`, not in the middle of `fit`
+):           # A context; yields the trainer
     "Whatever is tried inside the block: weights, optimisers, statistics, critics, random state and counters are afterwards what they were, to the bit."
     t, heads = trainer, [o for o in (trainer._head, trainer.objective) if hasattr(o, 'stage')]
     parts = [t.net.encoder, *t.critics, *(v for k, v in vars(t).items() if k not in ('net', 'objective') and hasattr(v, 'load_state_dict') and not isinstance(v, type))]
@@ -120,11 +120,17 @@ class Plan:
     fits:dict        # Pictures at a time -> bytes
     note:str = ''    # What went wrong while measuring
     @property
-    def pictures_per_second(self): return self.batch_size/self.seconds
+    def pictures_per_second(self):
+        "Of this process, with losses and update."
+        return self.batch_size/self.seconds
     @property
-    def total(self): return None if self.left is None else self.left*self.seconds + self.exams*self.exam
+    def total(self):
+        "Seconds until the end, looks at held-out pictures included; None if no end is set."
+        return None if self.left is None else self.left*self.seconds + self.exams*self.exam
     @property
-    def finish(self): return 'no end is set (iterations=)' if self.left is None else f'in {in_words(self.total)} ({at_clock(self.total)})'
+    def finish(self):
+        "When it will be done, in words."
+        return 'no end is set (iterations=)' if self.left is None else f'in {in_words(self.total)} ({at_clock(self.total)})'
 
 # %% ../nbs/07b_watch.ipynb #1cece786
 @patch
@@ -154,10 +160,11 @@ def plan(
     trainer,    # `Trainer`, before or between its runs
     seconds=3., # Time to spend on measuring, about
 )->Plan:
-    "Measure a few iterations on this device, and leave the trainer exactly as it was."
+    "Measure a few iterations on this device, and leave the trainer exactly as it was. `TrainingError` where the run could not begin."
     t = trainer
     with untouched(t):
         note, at_once, t.folder = '', _at_once(t), None              # a note of the trial is no part of the run
+        t.preflight()
         kept = _iteration_memory(t)
         if t.micro_batch and t.micro_batch < at_once: note, at_once = f'{at_once} pictures at a time do not fit; it went on with {t.micro_batch}', t.micro_batch
         each, reading = _pace(t, seconds)
@@ -248,8 +255,12 @@ class Finding(NamedTuple):
 class Findings(list):
     "Findings in the order they were made; shows itself as a table."
     @property
-    def worst(self): return next((l for l in ('stop', 'warn') if any(f.level == l for f in self)), 'ok')
-    def of(self, level): return Findings(f for f in self if f.level == level)
+    def worst(self):
+        "The most serious level there is: 'stop', 'warn' or 'ok'."
+        return next((l for l in ('stop', 'warn') if any(f.level == l for f in self)), 'ok')
+    def of(self, level):
+        "The `Findings` of one `level`: 'stop', 'warn' or 'ok'."
+        return Findings(f for f in self if f.level == level)
     def __str__(self): return '\n'.join(map(str, self)) or 'nothing to report'
     def __repr__(self): return str(self)
     def _repr_markdown_(self):
@@ -465,7 +476,9 @@ class _Run(NamedTuple):
 
 DIAGNOSES = [] # Functions `f(run) -> Finding or None`; add your own
 
-def diagnosis(f): DIAGNOSES.append(f); return f
+def diagnosis(f):
+    "Decorator: `f`, called with the run's rows, gives a `Finding` or None, and `diagnose` asks it from now on."
+    DIAGNOSES.append(f); return f
 
 def diagnose(
     run,            # `Trainer`, `History`, or the path of a history.jsonl
@@ -486,6 +499,7 @@ def _pct(x): return f'{x:.0%}' if x >= .095 or not x else f'{x:.1%}'
 # %% ../nbs/07b_watch.ipynb #42ae15ce
 @diagnosis
 def not_finite(run):
+    "`Finding` where a loss of `run` is infinite or no number: which checkpoint is still good."
     numbers = [v for r in run.train + run.val for k in r.values() if isinstance(k, list) for v in k]
     if not re.search(r'not finite|is -?(nan|inf)', str(run.error or '')) and all(map(math.isfinite, numbers)): return
     at = run.folder and run.folder/'last.pt'
@@ -497,6 +511,7 @@ def not_finite(run):
 
 @diagnosis
 def no_better(run):
+    "`Finding` where the last steps of `run` come no nearer than the average picture does, in three looks."
     rows = run.val[-3:]
     if len(rows) < 3 or run.early(.1) or any(r['loss'][-1] < .97*r['loss'][0] for r in rows): return
     return Finding('warn', 'no better than the average image', f'after {run.at:,} iterations the loss is {rows[-1]["loss"][-1]:.4f}, that of the average image {rows[-1]["loss"][0]:.4f}',
@@ -504,6 +519,7 @@ def no_better(run):
 
 @diagnosis
 def undoes(run):
+    "`Finding` where, look after look of `run`, one step is worse by 2 % or more than the step before it."
     n = 6 if run.early(1/3) else 3                           # early in a run it comes and goes
     rows = run.rows[-n:]
     if len(rows) < n: return
@@ -518,6 +534,7 @@ def undoes(run):
 # %% ../nbs/07b_watch.ipynb #480c422f
 @diagnosis
 def idle(run):
+    "`Finding` where the last step of `run` is no better than its first, so that passes are wasted."
     rows = run.rows[-4:]
     first = 1 - rows[-1]['first_step'] if rows else 0
     if len(rows) < 4 or run.early(.5) or len(rows[-1]['loss']) < 2 + first or no_better(run): return
@@ -527,6 +544,7 @@ def idle(run):
 
 @diagnosis
 def overfits(run):
+    "`Finding` where held-out pictures of `run` get worse by 5 % or more while those of the training still get better."
     val, best = _last(run.val), min(range(len(run.val)), key=lambda i: run.val[i]['loss'][-1], default=0)
     if len(val) - best < 4 or any(v < 1.05*val[best] for v in val[-3:]): return
     before = [r for r in run.train if r['iteration'] <= run.val[best]['iteration']]
@@ -537,6 +555,7 @@ def overfits(run):
 # %% ../nbs/07b_watch.ipynb #a13d5c89
 @diagnosis
 def jumps(run):
+    "`Finding` where the loss of `run` leaps by half and more, again and again or for good: too high a rate."
     loss = _last(run.train)
     leaps = [i for i in range(max(3, len(loss) - 12), len(loss)) if loss[i] > 1.5*max(loss[i-3:i])]
     old = sorted(loss[-8:-2])
@@ -547,6 +566,7 @@ def jumps(run):
 
 @diagnosis
 def stuck(run):
+    "`Finding` where the later half of `run` brought nothing: 'ok' if it settled well below the average picture."
     loss, half = _last(run.rows), len(run.rows)//2
     if len(loss) < 8 or min(loss[half:]) < .99*min(loss[:half]) or any(f(run) for f in (no_better, overfits, jumps)): return
     lr = [r['lr'] for r in run.train if 'lr' in r]
@@ -559,6 +579,7 @@ def stuck(run):
 
 @diagnosis
 def critic_wins(run):
+    "`Finding` where a critic of `run` tells real from fake nearly always, so that it has little to teach."
     rows = run.train[-3:]
     for name in [k[:-5] for k in (rows[-1] if rows else ()) if k.endswith(' real')]:
         both = [max(r.get(f'{name} real', 1.), r.get(f'{name} fake', 1.)) for r in rows]
@@ -587,46 +608,58 @@ class Watcher:
     "What panel, text and board have in common: they keep time, and they keep their own cost down."
     every, share = 2., .02   # Seconds between two drawings; part of the run's time that drawing may take
     def begin(self, trainer, end):
+        "Called before the first iteration: which `trainer`, and at which iteration it is to `end`."
         now, again = time.monotonic(), getattr(self, 'trainer', None) is trainer
         if not again: self.since, self.at, self.active, self.spent, self.drawn, self.told = now, trainer.iteration, 0., 0., -math.inf, None
         self.resumed = now
         self.trainer, self.target, self.error, self.state = trainer, max(end, trainer.iterations or 0), None, 'training'
         self.opened(again)
     def tick(self, trainer):
+        "Called after every iteration of `trainer`; draws if it is time."
         if self.due(self.every): self.draw()
-    def row(self, trainer, row): self.told = row
+    def row(self, trainer, row):
+        "Called when `trainer` has noted a `row` in its history."
+        self.told = row
     def end(self, trainer, error):
+        "Called at the end, whether the `trainer` is done, was stopped, or failed with an `error`."
         self.active, self.resumed = self.running, None
         self.error, self.state = error, 'stopped' if error is not None else 'done' if trainer.iteration >= self.target else 'paused'
         self.closed()
 
     def due(self, every):
+        "`True` if the last drawing is `every` seconds ago and drawing has not had more than its share of the time."
         now = time.monotonic()
         return now - self.drawn >= every and self.spent <= self.share*(now - self.since) + .5
     @contextlib.contextmanager
     def drawing(self):
+        "A context whose time counts as drawing; yields `None`."
         began = time.monotonic()
         try: yield
         finally:
             self.drawn = time.monotonic()
             self.spent += self.drawn - began
-    def opened(self, again): pass
-    def closed(self): pass
-    def draw(self): pass
+    def opened(self, again): "For those below: get ready to show; `again` if it is the run that was shown before."
+    def closed(self): "For those below: say how it ended."
+    def draw(self): "For those below: show the run as it stands."
 
 # %% ../nbs/07b_watch.ipynb #34414c35
 @patch(as_prop=True)
-def running(self:Watcher): # Seconds, breaks left out
+def running(self:Watcher):
+    "Seconds of training, breaks left out."
     return self.active + (0. if self.resumed is None else time.monotonic() - self.resumed)
 @patch(as_prop=True)
-def rate(self:Watcher):    # Iterations a second
+def rate(self:Watcher):
+    "Iterations a second, breaks left out."
     return (self.trainer.iteration - self.at)/max(self.running, 1e-9)
 @patch(as_prop=True)
-def left(self:Watcher):    # Seconds, with breaks as up to now
+def left(self:Watcher):
+    "Seconds until the end, with breaks as up to now; None before the first iteration."
     done = self.trainer.iteration - self.at
     return (time.monotonic() - self.since)*(self.target - self.trainer.iteration)/done if done else None
 @patch(as_prop=True)
-def findings(self:Watcher): return diagnose(self.trainer, self.target, self.error)
+def findings(self:Watcher):
+    "`Findings` of the run as it stands, see `diagnose`."
+    return diagnose(self.trainer, self.target, self.error)
 
 # %% ../nbs/07b_watch.ipynb #b7502011
 @patch
@@ -660,6 +693,7 @@ def spark(
     lo, hi = min(values, default=0), max(values, default=0)
     return ''.join('▁▂▃▄▅▆▇█'[round(7*(v - lo)/(hi - lo)) if hi > lo else 0] for v in values)
 
+# %% ../nbs/07b_watch.ipynb #1e5e8ede
 class Text(Watcher):
     "The run as lines of text: one when something new is known, and a status line that moves where there is a terminal."
     def __init__(self,
@@ -668,9 +702,13 @@ class Text(Watcher):
     ):
         self.every, self.file, self.said = every, file, set()
     @property
-    def out(self): return self.file or sys.stderr
+    def out(self):
+        "The file that is written to."
+        return self.file or sys.stderr
     @property
-    def live(self): return bool(getattr(self.out, 'isatty', lambda: False)())
+    def live(self):
+        "Is it a terminal, where a line can be written over?"
+        return bool(getattr(self.out, 'isatty', lambda: False)())
 
     def opened(self, again):
         t = self.trainer
@@ -691,13 +729,14 @@ class Text(Watcher):
 # %% ../nbs/07b_watch.ipynb #cb4b740c
 @patch
 def status(self:Text):
+    "Where the run is, how fast, and when it will be done, as one `str`."
     t = self.trainer
     left = f'{in_words(self.left)} left ({at_clock(self.left)})' if self.left is not None else 'measuring'
     return f'{t.iteration:>7,} of {self.target:,} ({t.iteration/max(self.target, 1):.0%}), {self.rate:.2g} it/s, {_rate(self.rate*t.batch_size)} pictures/s, {left}'
 
 @patch
 def line(self:Text, row):
-    "What a row of the history says."
+    "Say what a `row` of the history says, and what there is to tell."
     loss, first = row['loss'], row['first_step']
     steps = ' '.join(f'{v:.4f}' for v in loss[1 - first:])
     average = '' if first else f' (average image {loss[0]:.4f}, {100*(loss[-1]/max(loss[0], 1e-12) - 1):+.0f} %)'
@@ -717,17 +756,25 @@ def tell(self:Text):
 
 @patch
 def say(self:Text, text):
+    "Write `text` and a line break, over the line that was there."
     with self.drawing(): print(('\r\x1b[2K' if self.live else '') + text, file=self.out, flush=True)
 
 def _ansi(s, code, on): return f'\x1b[{code}m{s}\x1b[0m' if on else s
 @patch
-def bold(self:Text, s): return _ansi(s, 1, self.colours)
+def bold(self:Text, s):
+    "The words `s`, bold where there are colours, as a `str`."
+    return _ansi(s, 1, self.colours)
 @patch
-def mark(self:Text, level, s): return _ansi(dict(ok='  ', warn='! ', stop='!! ')[level] + s, dict(ok=32, warn=33, stop=31)[level], self.colours)
+def mark(self:Text, level, s):
+    "The words `s` as a `str`, marked and coloured by their `level`: 'ok', 'warn' or 'stop'."
+    return _ansi(dict(ok='  ', warn='! ', stop='!! ')[level] + s, dict(ok=32, warn=33, stop=31)[level], self.colours)
 @patch(as_prop=True)
-def colours(self:Text): return self.live and 'NO_COLOR' not in os.environ
+def colours(self:Text):
+    "A terminal, and nobody said NO_COLOR?"
+    return self.live and 'NO_COLOR' not in os.environ
 @patch
 def blocks(self:Text, values):
+    "`values` as a curve of blocks, a `str`; empty where the file cannot write blocks."
     line = spark(values) if len(values) > 2 else ''
     try: line.encode(getattr(self.out, 'encoding', None) or 'utf-8')
     except UnicodeEncodeError: return ''
@@ -792,13 +839,13 @@ def _dot(x, y, colour, shape='circle'):
 # %% ../nbs/07b_watch.ipynb #89605d6e
 class Curve(NamedTuple):
     "A line of a chart; a single number runs across it."
-    name:str
-    x:list
-    y:list
-    colour:str = 'currentColor'
-    dash:str = ''
-    width:float = 1.5
-    opacity:float = 1.
+    name:str # What the key calls it; of two with one name the later
+    x:list # Iterations or passes; empty for a level
+    y:list # Losses, as many
+    colour:str = 'currentColor' # A CSS colour
+    dash:str = '' # SVG's stroke-dasharray; '': unbroken
+    width:float = 1.5 # Pixels
+    opacity:float = 1. # 0 to 1
     mark:str = ''    # 'circle', 'square', 'triangle' at its last point
 
 def chart(
@@ -850,7 +897,7 @@ class Panel(Watcher):
         pictures=3,    # How many of the held-out pictures are shown with every step; or a tensor (k,C,H,W)
         losses=None,   # Names of the losses to draw, a chart each; None: the total, and those of pixels and LPIPS
         title='',      # Above it
-        axis='iterations', # 'passes': of the encoder, which is time where runs differ in steps
+        axis='iterations', # 'iterations', or 'passes' of the encoder, which is time where runs differ in steps; ValueError for another
         every=2.,      # Seconds between two drawings, at least
         share=.02,     # Part of the time that drawing may take
     ):
@@ -897,14 +944,14 @@ class _Html:
 # %% ../nbs/07b_watch.ipynb #05b1d316
 @patch
 def draw(self:Panel, strips=False):
-    "Bring what is on the page up to date; pictures only when they are new, so that they do not flicker."
+    "Show the run as it stands, the fixed pictures with their `strips` if it is time for them."
     with self.drawing():
         if strips and self.strip(): self.views[1].update(_Html(self.pictures_html(), 'film strips'))
         self.views[0].update(_Html(self.html(), self.words()))
 
 @patch
 def strip(self:Panel):
-    "Invert the fixed pictures as the run stands. False where weights are not finite: the trainer itself says so."
+    "Invert the fixed pictures as the run stands: `True`. `False` where weights are not finite: the trainer itself says so."
     try: self.now = self.strips()
     except ValueError: return False
     self.fresh, self.stripped = False, time.monotonic()
@@ -914,7 +961,7 @@ def strip(self:Panel):
 
 @patch
 def words(self:Panel):
-    "The same in a line or two, for those who hear the page, and for text."
+    "The same in a line or two, a `str`, for those who hear the page, and for text."
     t = self.trainer
     return f'{self.title or "training"}, iteration {t.iteration:,} of {self.target:,}, {self.state}: {summary(t)}' + ''.join(f'\n{f}' for f in self.findings)
 
@@ -926,7 +973,7 @@ def __repr__(self:Panel): return 'Panel: nothing yet' if self.trainer is None el
 # %% ../nbs/07b_watch.ipynb #29398bb6
 @patch
 def curves(self:Panel, what):
-    "All lines of one chart."
+    "All lines of the chart of `what`, a loss: a `list` of `Curve`."
     t, per = self.trainer, self.trainer.n_steps if self.axis == 'passes' else 1
     xs, ys, first = _series(t.history, what)
     looks, out = _step_looks(t.n_steps), []
@@ -962,7 +1009,7 @@ def _yardstick(name, o, what, mark, axis):
 # %% ../nbs/07b_watch.ipynb #4b40265a
 @patch
 def html(self:Panel):
-    "Everything but the pictures."
+    "Everything but the pictures, as the `str` of a page."
     t, names = self.trainer, self.losses or _usual(self.trainer)
     lines, per = {k: self.curves(k) for k in names}, t.n_steps if self.axis == 'passes' else 1
     where = 'held-out pictures' if t.val is not None else 'training'
@@ -981,6 +1028,7 @@ def _usual(t):
 
 @patch
 def head(self:Panel, done):
+    "The line above the charts, as HTML in a `str`; `done` is the share of the run, 0 to 1."
     t = self.trainer
     left = f'{in_words(self.left)} left, until {at_clock(self.left)}' if self.left is not None and self.left < 3e7 else 'time left: measuring'
     speed = f'{_rate(self.rate*t.batch_size)} pictures a second' if self.rate else ''
@@ -992,7 +1040,7 @@ def head(self:Panel, done):
 # %% ../nbs/07b_watch.ipynb #7c9e1af3
 @patch
 def rate_line(self:Panel):
-    "The learning rate over the run, small, with a dot for now."
+    "The learning rate over the run, small, with a dot for now, as SVG in a `str`."
     t, n = self.trainer, 40
     lr = [t.learning_rate(round(i*max(self.target - 1, 0)/n)) for i in range(n + 1)]
     X, Y = _Scale(0, n, 3, 77), _Scale(0, max(lr) or 1, 14, 3)
@@ -1001,7 +1049,7 @@ def rate_line(self:Panel):
 
 @patch
 def says(self:Panel):
-    "Diagnosis in words."
+    "Diagnosis in words, as HTML in a `str`."
     found = self.findings
     box = lambda level, html: f'<div class="rw-says rw-{level}">{html}</div>'
     out = [box('ok', escape(summary(self.trainer)[:1].upper() + summary(self.trainer)[1:]) + '.')]
@@ -1020,7 +1068,7 @@ def _jpeg(rows):
 
 @patch
 def pictures_html(self:Panel):
-    "Fixed pictures: input and every step as the run stands, and how the last step came to be."
+    "Fixed pictures, input and every step as the run stands, and how the last step came to be: SVG in a `str`."
     if self.now is None: return ''
     x, steps = self.now
     k, (h, w) = len(x), x.shape[-2:]

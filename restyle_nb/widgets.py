@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'KEPT', 'STYLE', 'SCRIPT', 'MAX_UPLOAD', 'KEEP', 'LIVE', 'SM
            'png', 'data_uri', 'Frame', 'Player', 'player', 'Latest', 'Bench', 'Film', 'Inverted', 'Explorer',
            'Comparison', 'LatentEditor', 'Toons', 'Toonifier', 'Blender']
 
-# %% ../nbs/14_widgets.ipynb #7775542c
+# %% ../nbs/14_widgets.ipynb #e3ed029f
 import hashlib, json, threading, time
 from base64 import b64encode
 from functools import lru_cache
@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
 from PIL import Image, features
+from .align import EXTRA, FFHQ, NoFace, TEMPLATES, align_faces, has_detector
 from .checkpoints import CheckpointError
 from .generator import Generator
 from .images import ImageError, atomic_write, to_float, to_pil
@@ -90,7 +91,7 @@ table.restyle-table,.restyle-player table.restyle-table{border-collapse:collapse
 .restyle-legend i{display:inline-block;width:70px;height:.8em;margin:0 6px;vertical-align:-1px;border:1px solid rgba(128,128,128,.6)}
 '''.strip()
 
-# %% ../nbs/14_widgets.ipynb #ce922c39
+# %% ../nbs/14_widgets.ipynb #de22b7cf
 SCRIPT = '''(()=>{const d=DATA;for(const r of document.querySelectorAll('[id="ID"]:not([data-on])')){r.dataset.on=1;
 const q=s=>r.querySelector(s),im=[...r.querySelectorAll('.restyle-row img')],b=q('button'),s=q('input'),o=q('output'),p=q('.restyle-panel'),n=d.frames.length,u=d.pictures.slice();
 im.forEach((e,i)=>u[d.frames[d.start].show[i]]=e.src);const ready=u.map(o=>{const e=new Image;e.src=o;return e});
@@ -103,7 +104,7 @@ t=setInterval(()=>{if(!r.isConnected)return stop();go(Math.min(+s.value+1,n-1));
 go(d.start);q('.restyle-controls').style.visibility='visible'}})()'''
 
 class Player:
-    "A sequence of pictures with slider and play button, as HTML that needs neither kernel nor network."
+    "A sequence of pictures with slider and play button, as HTML that needs neither kernel nor network. ValueError for no frames, or too few titles."
     def __init__(self,
         frames,        # List of `Frame`
         titles,        # A text above each of the pictures of a frame
@@ -295,11 +296,13 @@ p.click=function(){p.click=click;this.restyle=u.closest('.restyle-widget');if(!t
 setTimeout(()=>p.click=click)},true);
 document.addEventListener('focusin',e=>{const h=e.target;if(h.matches?.('.restyle-widget [role=slider]')&&!h.ariaLabel)h.ariaLabel=h.closest('.jupyter-widgets').querySelector('.widget-label')?.textContent})}'''
 
-# %% ../nbs/14_widgets.ipynb #ea2f0083
+# %% ../nbs/14_widgets.ipynb #0a99b103
 class Bench:
-    "What the widgets have in common: pictures, upload, status line, worker, and a form that plays without kernel."
+    "What the widgets have in common: pictures, upload, status line, worker, and a form that plays without kernel. ValueError for no pictures, ImportError for old ipywidgets."
     kind, side = 'bench', SHOWN
-    def __init__(self, sources):
+    def __init__(self,
+        sources, # Mapping name -> picture, to choose among
+    ):
         W = _widgets()
         if not sources: raise ValueError(f'{type(self).__name__}: no pictures to choose among; give pictures=, for a model that is not of the zoo')
         self.sources, self.worker = sources, Latest(self._failed)
@@ -309,9 +312,13 @@ class Bench:
         self.picture = _classed(W.Dropdown(options=list(sources), description='picture', style=wide, tooltip='which picture to work on'), 'source')
         self.upload = _classed(W.FileUpload(accept='image/*', description='your picture', layout=W.Layout(width='auto'),
                                              tooltip='PNG, JPEG, WebP, BMP or GIF'), 'upload')
+        able = has_detector()
+        self.face = _classed(W.Checkbox(value=False, disabled=not able, indent=False, layout=W.Layout(width='auto'), tooltip='in pictures of your own: cut out the largest face, as the training pictures were cut',
+                                        description='find the face' if able else f'find the face (needs: {EXTRA})'), 'face')
         self.message, self._style = _classed(W.HTML(), 'status'), W.HTML(f'<style>{STYLE}{LIVE}</style><img src="data:," alt="" onerror="{escape(SMALLER)}">', layout=W.Layout(display='none'))
         self.picture.observe(self._picked, 'value')
         self.upload.observe(self._uploaded, 'value')
+        self.face.observe(self._faced, 'value')
         self._say('')
 
     def _say(self, text, error=False):
@@ -321,19 +328,23 @@ class Bench:
     def _lay_out(self, *rows):
         import ipywidgets as W
         wrap = W.Layout(flex_flow='row wrap', align_items='center', grid_gap='4px')
+        for r in rows:
+            if isinstance(r, list) and self.upload in r: r.insert(r.index(self.upload) + 1, self.face)
         rows = [W.HBox(r, layout=wrap) if isinstance(r, (list, tuple)) else r for r in rows]
         self.ui = _classed(W.VBox([self._style, *rows], layout=W.Layout(max_width='760px')), 'widget', self.kind)
 
     def __repr__(self): return f'{type(self).__name__}: {self.status}'
 
-    def wait(self,
-        timeout=60., # Seconds, at most
-    ):
-        "Until nothing is being computed; returns the widget itself."
-        self.worker.wait(timeout)
-        return self
+# %% ../nbs/14_widgets.ipynb #c3cc2a7b
+@patch
+def wait(self:Bench,
+    timeout=60., # Seconds, at most
+): # The widget itself
+    "Waits until nothing is being computed; returns `self`."
+    self.worker.wait(timeout)
+    return self
 
-# %% ../nbs/14_widgets.ipynb #af58b15c
+# %% ../nbs/14_widgets.ipynb #af037cac
 @patch
 def load(self:Bench,
     src,         # Path, bytes of a file, PIL picture, array, or tensor (C,H,W) in [-1,1]
@@ -351,6 +362,12 @@ def _uploaded(self:Bench, change):
     f = change['new'][0]
     self.upload.value = ()                      # so that the same file may come again
     self.load(bytes(f['content']), f['name'])
+
+@patch
+def _faced(self:Bench, change):
+    if self.wanted and _own(self.wanted['src']): self._want(self.wanted['name'], self.wanted['src'])
+
+def _own(src): return isinstance(src, (bytes, str, Path))    # a file of the reader's
 
 @patch
 def _picked(self:Bench, change):
@@ -411,7 +428,7 @@ def _failed(self:Bench, e):
     if self.have: self._accept(self.have)
     self._say(said.replace('\n', ' ')[:300], error=True)
 
-# %% ../nbs/14_widgets.ipynb #5e7d0a2e
+# %% ../nbs/14_widgets.ipynb #5381ca4c
 @patch
 def _read(self:Bench, net, name, src, domain=None):
     "Picture as the encoder's input (1,C,H,W), and what is to be said of it"
@@ -421,10 +438,19 @@ def _read(self:Bench, net, name, src, domain=None):
     if isinstance(src, bytes):
         if len(src) > MAX_UPLOAD: raise ImageError(f'{name}: {len(src)/2**20:.0f} MB, more than the {MAX_UPLOAD >> 20} MB taken here; shrink it or save it as JPEG')
         if not src: raise ImageError(f'{name}: the file is empty; choose another one')
-    try: x = net.pictures(src)[:1]
+    try:
+        y, found = self._face_in(net, src, domain) if self.face.value and _own(src) else (src, '')
+        x = net.pictures(y)[:1]
     except ImageError as e: raise ImageError(str(e).replace('picture in memory (bytes)', name)) from None
-    if isinstance(src, (bytes, str, Path)) and _moves(src): note = 'Animated: only its first frame is used.'
-    return x, note
+    if _own(src) and _moves(src): note = 'Animated: only its first frame is used.'
+    return x, ' '.join(o for o in (found, note) if o)
+
+@patch
+def _face_in(self:Bench, net, src, domain):
+    "The largest face of a picture, cut as the model's world was, or the picture as it is; and what is to be said of it"
+    try: faces = align_faces(src, net.geometry.encoder[0], None, TEMPLATES.get(domain, FFHQ), getattr(net.generator, 'image_channels', 3))
+    except NoFace: return src, 'No face found: its middle is used.'
+    return faces[0].image, f'{"Its face" if len(faces) == 1 else f"The largest of {len(faces)} faces"}: {faces[0].transform}.'
 
 def _moves(src):
     try: return bool(getattr(Image.open(BytesIO(src) if isinstance(src, bytes) else src), 'is_animated', False))
@@ -510,11 +536,14 @@ def _inversion_frames(inv, scores=None, groups=None, own=True):
         frames.append(Frame((inv.x[0], y, h), _line(t, inv.n_steps, scores), _legend(m) + table))
     return frames
 
-# %% ../nbs/14_widgets.ipynb #e39d0918
+# %% ../nbs/14_widgets.ipynb #c8436c73
 class Film(Bench):
-    "A `Bench` whose frames are steps: a slider and a play button go through them."
+    "A `Bench` whose frames are steps: a slider and a play button go through them. ValueError for less than one step."
     titles, kinds = (), ()
-    def __init__(self, sources, n_steps):
+    def __init__(self,
+        sources, # Mapping name -> picture, to choose among
+        n_steps, # Steps of each inversion
+    ):
         import ipywidgets as W
         super().__init__(sources)
         if n_steps < 1: raise ValueError(f'found {n_steps} steps, expected at least 1')
@@ -525,12 +554,15 @@ class Film(Bench):
         self._links = [W.jslink((self.play, 'value'), (self.slider, 'value')), W.jsdlink((self.slider, 'value'), (self.stack, 'selected_index'))]
 
     @property
-    def step(self): return self.slider.value
+    def step(self)->int:
+        "Number of the step on the screen."
+        return self.slider.value
     @step.setter
     def step(self, t): self.slider.value = t
 
     @property
-    def shown(self): # HTML of the frame at the slider
+    def shown(self)->str:
+        "HTML of the frame at the slider."
         return self.stack.children[self.step].value
 
     def _paint(self, result):
@@ -544,7 +576,7 @@ class Film(Bench):
             self._report(result)
         return show
 
-# %% ../nbs/14_widgets.ipynb #07a7d3f5
+# %% ../nbs/14_widgets.ipynb #b71c9ab2
 @patch
 def _titles(self:Film): return self.titles
 
@@ -556,7 +588,7 @@ class Inverted(NamedTuple):
     "What the worker makes of one picture and one model"
     inv:Inversion   # Of one picture
     scores:dict     # name -> list of n+1 numbers
-    net:ReStyle
+    net:ReStyle     # The model
     note:str = ''   # On the picture
 
 @lru_cache(maxsize=1)
@@ -659,9 +691,9 @@ def _afterwards(self:Explorer, wanted, result):
     if last > known[n]:
         yield lambda: self._say(f"{self.status} It does not look like a picture of this model's world: pictures of that world stay below L2 {known[n]:.3f}.")
 
-# %% ../nbs/14_widgets.ipynb #3dbfae6f
+# %% ../nbs/14_widgets.ipynb #4ed87d7d
 class Comparison(Film):
-    "One picture through two models: one slider, scores side by side."
+    "One picture through two models: one slider, scores side by side. ValueError unless there are two."
     kind, kinds = 'comparison', ('input', 'first', 'second')
     def __init__(self,
         models=('faces64', 'faces64-single'), # Two names of the zoo, or mapping name -> `ReStyle`
@@ -791,9 +823,9 @@ def _paint(self:_Painter, result):
         self._say(f'{self.have["name"]}: {"a code of" if callable(self.have["src"]) else "inverted with"} {self.name}. {note}'.strip(' '))
     return show
 
-# %% ../nbs/14_widgets.ipynb #582e36d9
+# %% ../nbs/14_widgets.ipynb #762096dc
 class LatentEditor(_Painter):
-    "The code of a picture, moved along directions: before, after, where it changed, what a judge reads off both, and a sweep of the slider moved last."
+    "The code of a picture, moved along directions: before, after, where it changed, what a judge reads off both, and a sweep of the slider moved last. ValueError for directions of another shape, or none."
     kind, kinds, most = 'editor', ('before', 'after', 'change'), 8
     def __init__(self,
         model='faces64',  # Name in the zoo, path of a checkpoint, or a `ReStyle`
@@ -1093,7 +1125,7 @@ def _style(first, second, n=64):
     scale = StyleScale(_held_out(first)[:n], _held_out(second)[:n])
     return lambda y, target: scale(y.cpu())
 
-# %% ../nbs/14_widgets.ipynb #fbddaa0a
+# %% ../nbs/14_widgets.ipynb #d0fe6183
 class Toonifier(Film):
     "A picture turned into a toon in three ways, step by step, beside the true toon where there is one."
     kind, kinds, side = 'toonifier', ('input', 'swapped', 'plain', 'bootstrapped', 'truth'), 128

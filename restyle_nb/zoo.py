@@ -41,6 +41,7 @@ class Cards(list):
     columns = 'name', 'kind', 'size', 'training', 'origin', 'licence', 'recipe', 'sha256'
     brief = (0, 22), (1, 11), (2, 10), (5, 0)   # column and width of each, in plain text
     def rows(self):
+        "Yields the texts of each card, one for each of `columns`."
         for c in self:
             c = dict(c, size=f"{c['bytes']/1e6:.2f} MB", sha256=c['sha256'][:12] + '…')
             yield [str(c.get(k, '')) for k in self.columns]
@@ -89,7 +90,7 @@ def list_models(
     folder=None,    # As in `list_files`
     released=False, # The networks that others published, and `load_model` fetches, instead of the embedded ones?
 )->Cards:           # One card a model
-    "The models that `load_model` knows by name."
+    "The models that `load_model` knows by name; `CheckpointError` if the table is missing or damaged."
     if released: return _released(folder)
     return Cards(c for c in list_files(folder) if c.get('kind') in ('restyle', 'single'))
 
@@ -165,7 +166,7 @@ def write_card(
     recipe:str,  # Notebook that makes it
     **facts,     # Anything else, as JSON: training='…', generator='file.safetensors'
 )->ModelCard:    # With `bytes` and `sha256`
-    "Enter a file into the table of its folder; atomic, other entries stay, and so do earlier facts of a file that did not change."
+    "Enter a file into the table of its folder; atomic, other entries stay, and so do earlier facts of a file that did not change. `CheckpointError` if there is no such file."
     path = Path(path)
     if not path.is_file(): raise CheckpointError(f'{path}: no such file; write it before its card')
     new = dict(facts, name=name, kind=kind, bytes=path.stat().st_size, sha256=_sha256(path), origin=origin, licence=licence, recipe=recipe)
@@ -255,14 +256,14 @@ def load_generator(
     cache=None,     # Folder for fetched files; None: see `cache_folder`
     progress=None,  # Progress bar while fetching? None: on a terminal
 )->Generator:
-    "A frozen generator, by name or from a file; a released ReStyle model gives the generator inside it."
+    "A frozen generator, by name or from a file; a released ReStyle model gives the generator inside it. `CheckpointError` names what is missing or damaged."
     src, card = _source(name, folder, ('generator',), ('generator', 'restyle'), path, hub, cache, progress)
     g = _named(read_generator(src), src, card)
     _settle(card, src, cache, output=g.shapes[-1])
     return g.freeze().to(pick_device(device))
 
 def load_model(
-    name='faces64',  # Name in the zoo, or the path of a checkpoint
+    name='faces64',  # Name in the zoo, or the path of a checkpoint or of a run's folder
     device='auto',   # 'auto', 'cpu', 'cuda', 'mps'
     generator=None,  # `Generator`, zoo name or path, for a file that holds only an encoder
     folder=None,     # As in `list_files`
@@ -285,13 +286,17 @@ def load_model(
 
 # %% ../nbs/05_zoo.ipynb #f074fb5e
 def _named(g, src, card):
-    "The generator with a `name` to be known by: the zoo's, or that of its file"
-    g.name = (card.name if card else Path(src).stem.replace('_', '-')).removesuffix('-generator')
+    "The generator with a `name` to be known by: the zoo's, or that of its file or run"
+    file = Path(src)
+    own = file.resolve().parent.name if file.stem == 'model' else file.stem   # that of a run is called by the folder
+    g.name = (card.name if card else own.replace('_', '-')).removesuffix('-generator')
     return g
 
 def _home(file, folder): return folder if any(c.file == file for c in list_files(folder)) else None   # encoders kept elsewhere share the embedded generators
 
-def _is_path(name): return isinstance(name, os.PathLike) or os.sep in str(name) or Path(name).suffix != '' or Path(name).is_file()
+def _is_path(name): return isinstance(name, os.PathLike) or bool({os.sep, '/'} & {*str(name)}) or Path(name).suffix != '' or Path(name).is_file() or _of_run(name).is_file()
+
+def _of_run(folder): return Path(folder)/'model.safetensors'   # where a training leaves its model
 
 def _card_of(name, folder, kinds, released):
     "The card of a name: an embedded one of these kinds, or one from elsewhere of those"
@@ -308,7 +313,7 @@ def _source(name, folder, kinds, released, path=None, hub=None, cache=None, prog
     "Where the weights lie, and the card they must agree with (None for a file of one's own)"
     if path is not None: return Path(path).expanduser(), next((c for c in _released(folder) if c.name == name), None)
     if hub is not None and str(hub).strip('/').count('/') > 1: return _from_hub(hub, None, cache), None   # names its file
-    if hub is None and _is_path(name): return name, None
+    if hub is None and _is_path(name): return (_of_run(name) if _of_run(name).is_file() else name), None
     card = _card_of(name, folder, kinds, released)
     if 'url' in card: return _fetch(card, hub, cache, progress), card
     return (_from_hub(hub, card.file, cache), None) if hub is not None else (checked(card.file, folder), card)
@@ -328,7 +333,7 @@ def held_out(
     name='faces64', # Domain
     folder=None,    # As in `list_files`
 )->torch.Tensor:    # (n,C,64,64) in [-1,1]
-    "Pictures that no embedded model was trained on."
+    "Pictures that no embedded model was trained on. `ValueError` if there are not so many."
     return _sheet(name, 'heldout', n, folder)
 
 def held_out_attributes(
@@ -345,7 +350,7 @@ def training_sample(
     name='faces64', # Domain
     folder=None,    # As in `list_files`
 )->torch.Tensor:    # (n,C,64,64) in [-1,1]
-    "Some of the pictures the embedded models were trained on."
+    "Some of the pictures the embedded models were trained on. `ValueError` if there are not so many."
     return _sheet(name, 'train', n, folder)
 
 def training_attributes(
@@ -606,7 +611,7 @@ def fetch(
     progress=None, # Progress bar? None: on a terminal
     folder=None,   # Folder with a `released.json`; None: the package's own
 )->Path:
-    "The file behind a name: the embedded one, the given one, the one in the cache, or a fresh download. `DownloadError` says what to do by hand."
+    "The file behind a name: the embedded one, the given one, the one in the cache, or a fresh download. `CheckpointError` for an unknown name or a damaged file; `DownloadError` says what to do by hand."
     src, card = _source(name, folder, ('restyle', 'single'), {c.kind for c in _released(folder)}, path, hub, cache, progress)
     kind_of_file(src)
     _settle(card, src, cache)
@@ -626,11 +631,30 @@ def _from_hub(hub, file, cache=None):
     "A file on the Hugging Face hub, kept in the hub's own cache, or in yours if you name one"
     owner, repo, *rest = [*str(hub).strip('/').split('/'), ''] if '/' in str(hub) else ('', '')
     if not owner or not repo: raise DownloadError(f"hub={hub!r}: expected 'owner/repository', or 'owner/repository/file'")
-    repo, file = f'{owner}/{repo}', '/'.join(rest).strip('/') or file
+    return _hub_file(f'{owner}/{repo}', '/'.join(rest).strip('/') or file, **(dict(cache_dir=str(Path(cache).expanduser()/'hub')) if cache else {}))
+
+def _hub_file(repo, file, **how):
+    "A file of a repository on the hub; `how` as in `hf_hub_download`. The error's `code` is 404 if the repository is there and has no such file"
     try: from huggingface_hub import hf_hub_download
     except ImportError:
         raise DownloadError(f'{repo}: the hub needs a package; run `pip install huggingface_hub`, or fetch {file} yourself and give path=') from None
-    try: return Path(hf_hub_download(repo_id=repo, filename=file, cache_dir=cache and str(Path(cache).expanduser()/'hub')))
+    try: return Path(hf_hub_download(repo_id=repo, filename=file, **how))
     except Exception as e:   # of many kinds, which all mean that there is no file
-        why = f'{type(e).__name__}: {_reason(e)}'
-        raise DownloadError(f'{repo}: {file} could not be fetched from the hub ({why}); check the names and the network, or give path=') from None
+        err = DownloadError(f'{repo}: {file} could not be fetched from the hub ({_hub_words(e)})')
+        if _is_a(e, 'EntryNotFoundError') and not _is_a(e, 'LocalEntryNotFoundError'): err.code = 404
+        raise err from None
+
+def _is_a(e, name): return any(o.__name__ == name for o in type(e).__mro__)   # classes that moved from module to module over the years
+
+_HUB = dict(GatedRepoError='its owner asks for consent first: open its page, agree, and sign in with `hf auth login`',
+    RepositoryNotFoundError='there is no such repository, or it is private and this account may not see it; check the name, sign in with `hf auth login`, or give token=',
+    RevisionNotFoundError='there is no such branch, tag or commit; check revision=', LocalEntryNotFoundError='it is not in the cache, and the hub cannot be reached; check the network, or fetch it once while there is one',
+    EntryNotFoundError='the repository has no such file; check its name', LocalTokenNotFoundError='nobody is signed in; run `hf auth login`, or give token=',
+    OfflineModeIsEnabled='HF_HUB_OFFLINE forbids asking; unset it', HFValidationError="that is no name of a repository; write 'owner/repository'")
+
+def _hub_words(e):
+    "What an error of the hub's package means, and what to do"
+    if word := next((v for o in (e, e.__cause__) for k, v in _HUB.items() if _is_a(o, k)), None): return word
+    code = getattr(getattr(e, 'response', None), 'status_code', None)
+    if code in (401, 403): return f'this account may not do that (status {code}); sign in with `hf auth login`, or give a token= that may'
+    return f'{type(e).__name__}: {_reason(e)}; check the names and the network, or give path='

@@ -44,17 +44,19 @@ def pictures(n=2, side=32):
 
 @pytest.mark.parametrize('trunk', ['compact', 'resnet34'])
 def test_the_published_iteration_has_the_gradients_of_the_trainer(trunk):
-    net, x, n = small(trunk), pictures(4), 2 if trunk == 'compact' else 1   # norms over few cells magnify rounding from step to step
-    p = plain_training(net, o := objective())
-    told = plain_iteration(p, x, o, torch.optim.SGD(p.encoder.parameters(), 1.), n_steps=n)
-    t = Trainer(deepcopy(net).requires_grad_(True), x, objective(), batch_size=4, n_steps=n, lr=1., optimizer=lambda ps, lr: torch.optim.SGD(ps, lr))
+    "In 64 bits: BatchNorm over few cells magnifies rounding, how much depends on the processor"
+    net, x, o = small(trunk), pictures(4).double(), objective()
+    p = plain_training(net, o).double()
+    p.average = tuple(a.detach() for a in p.start())
+    told = plain_iteration(p, x, o.double(), torch.optim.SGD(p.encoder.parameters(), 1.), n_steps=2)
+    t = Trainer(deepcopy(net).double().requires_grad_(True), x, objective().double(), batch_size=4, n_steps=2, lr=1., optimizer=lambda ps, lr: torch.optim.SGD(ps, lr))
     t.net.encoder.train()
     losses = t.train_batch(x)
-    torch.testing.assert_close(torch.tensor([[s[k] for s in told] for k in t.names]), losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor([[s[k] for s in told] for k in t.names], dtype=losses.dtype), losses, rtol=1e-9, atol=1e-12)
     moved = [torch.cat([(a - b).flatten() for a, b in zip(net.encoder.parameters(), m.encoder.parameters())]).detach() for m in (p, t.net)]
-    assert 0 < (moved[0] - moved[1]).norm() < 1e-3*moved[1].norm()
+    assert moved[1].norm() > 0 and (moved[0] - moved[1]).norm() < 1e-8*moved[1].norm()
     norms = [[b for k, b in m.encoder.named_buffers() if 'running' in k] for m in (p, t.net)]
-    for a, b in zip(*norms): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*norms): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_the_published_iteration_wastes_what_the_published_code_wastes():

@@ -50,6 +50,15 @@ def refused(read, *words):
     return text
 
 
+def test_what_is_no_model_is_called_what_it_is(g, published, net, tmp_path):
+    save_generator(g, tmp_path/'g.safetensors')
+    for src in (tmp_path/'g.safetensors', published):
+        for read in (read_restyle, read_encoder): refused(lambda: read(src), 'a generator without an encoder', 'restyle_train')
+    torch.save(dict(encoder=net.encoder.state_dict(), iteration=3), tmp_path/'best.pt')
+    for read in (read_restyle, read_encoder): refused(lambda: read(tmp_path/'best.pt'), 'a checkpoint of a training', 'the folder of the run')
+    refused(lambda: read_restyle(tmp_path), 'is a folder', 'model.safetensors')
+
+
 # Our own files
 
 @pytest.mark.parametrize('half', [False, True])

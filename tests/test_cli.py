@@ -253,6 +253,9 @@ def test_demo_prints_its_numbers(demo):
             assert any(f'{row[k]+a:.4f} ± {row[k+"_se"]+b:.4f}' in text for a in (-5e-7, 5e-7) for b in (-5e-7, 5e-7))
 
 
+def test_demo_prints_its_time(demo): assert re.search(r'^\d+\.\d s on cpu, \d+ threads?, ', demo[1], re.M)
+
+
 def test_demo_fits_in_memory(demo): assert demo[2] < 1500
 
 
@@ -330,7 +333,8 @@ def test_a_generator_of_ones_own(good, tmp_path, capsys):
 
 # --- quick to answer
 
-COMMANDS = 'restyle_demo', 'restyle_invert', 'restyle_edit', 'restyle_models', 'restyle_train', 'restyle_evaluate', 'restyle_bench', 'restyle_export'
+COMMANDS = ('restyle_demo', 'restyle_invert', 'restyle_edit', 'restyle_models', 'restyle_train', 'restyle_evaluate', 'restyle_bench', 'restyle_export',
+            'restyle_push', 'restyle_grade', 'restyle_doctor')
 HELP = """
 import sys, time
 from restyle_nb.cli import {command}
@@ -588,9 +592,106 @@ def test_evaluate_says_what_is_wrong(words, says, capsys):
 
 def test_evaluate_names_bad_pictures(good, run, capsys):
     text_named_png(good/'notes.png')
-    assert evaluated('faces64', '--pictures', good) == 2 and 'notes.png' in complaints(capsys)[0]
+    assert evaluated('faces64', '--pictures', good) == 2
+    line, = complaints(capsys)
+    assert 'notes.png' in line and 'go on without it with --skip' in line
     assert evaluated('faces64', '--pictures', good, '--skip') == 0 and 'notes.png' in complaints(capsys)[0]
     assert evaluated(run) == 2 and '--pictures' in complaints(capsys)[0]
+
+
+# --- faces in photographs, and the way back
+
+@pytest.fixture(scope='session')
+def snapshot(tmp_path_factory):
+    "A photograph with a face, in a folder of its own"
+    from skimage.data import astronaut
+    return save_image(Image.fromarray(astronaut()), tmp_path_factory.mktemp('snap')/'nasa.png')
+
+
+def test_faces_are_cut_inverted_and_pasted_back(snapshot, tmp_path):
+    from restyle_nb.align import TEMPLATES, Transform, align_faces
+    assert invert(snapshot, '--align', '--out', tmp_path, '--steps', 2) == 0
+    p, = json.loads((tmp_path/'metrics.json').read_text())['pictures']
+    assert p['pasted'] == 'nasa_pasted.png' and p['cut'] == 'nasa-face1_cut.png' and p['foreign']
+    face, = align_faces(snapshot, 64, template=TEMPLATES['faces64'])
+    t = Transform.load(tmp_path/p['transform'])
+    assert t == face.transform and t.file == 'nasa.png'
+    inv = Inversion.load(tmp_path/p['codes'])
+    assert (inv.x[0] - face.image).abs().max() < .01
+    x, y = load_image(snapshot), load_image(tmp_path/p['pasted'])
+    (left, top), (right, bottom) = t.corners.min(0), t.corners.max(0)
+    h, w = torch.meshgrid(torch.arange(512), torch.arange(512), indexing='ij')
+    outside = (h < top - 1) | (h > bottom + 1) | (w < left - 1) | (w > right + 1)
+    changed = (x - y).abs().amax(0)
+    assert changed[outside].max() < .01 and changed[~outside].mean() > .1
+
+
+def test_every_face_has_its_files(snapshot, tmp_path):
+    a, two = Image.open(snapshot), Image.new('RGB', (1024, 512))
+    two.paste(a, (0, 0)); two.paste(a.resize((384, 384)), (560, 0))
+    save_image(two, tmp_path/'in'/'two.png')
+    assert invert(tmp_path/'in', '--align', '--out', tmp_path/'out', '--steps', 1) == 0
+    r = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert r['n_images'] == 2 and [p['final'] for p in r['pictures']] == ['two-face1_final.png', 'two-face2_final.png']
+    assert {p['pasted'] for p in r['pictures']} == {'two_pasted.png'} and all((tmp_path/'out'/p[k]).exists() for p in r['pictures'] for k in ('strip', 'final', 'codes', 'cut', 'transform', 'pasted'))
+
+
+def test_no_face_costs_a_line(snapshot, good, tmp_path, capsys):
+    save_image(torch.zeros(3, 200, 300), good/'grey.png')
+    (good/'good.png').unlink()
+    assert invert(good, snapshot, '--align', '--out', tmp_path/'out', '--steps', 1) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'grey.png: no face found in 300x200 pixels' in lines[0] and '--crop' in lines[0] and (tmp_path/'out'/'nasa_pasted.png').exists()
+
+
+def test_crop_is_the_middle_and_goes_back(snapshot, tmp_path):
+    from restyle_nb.align import Transform
+    wide = save_image(Image.open(snapshot).crop((0, 100, 512, 400)), tmp_path/'wide.png')
+    assert invert(wide, '--crop', '--out', tmp_path/'out', '--steps', 1, '--model', 'earth64') == 0
+    t = Transform.load(tmp_path/'out'/'wide_cut.json')
+    assert t.source == (300, 512) and abs(t.a - 300/64) < 1e-9 and abs(t.b - 106) < 1e-9
+    x, y = load_image(wide), load_image(tmp_path/'out'/'wide_pasted.png')
+    assert (x - y)[:, :, :106].abs().max() < .01 and (x - y)[:, :, 206:306].abs().mean() > .05
+
+
+def test_align_without_the_extra_is_a_line(snapshot, tmp_path, capsys, monkeypatch):
+    from restyle_nb import align
+    align._dlib.cache_clear()
+    monkeypatch.setattr(align.importlib.util, 'find_spec', lambda name: None)
+    assert invert(snapshot, '--align', '--out', tmp_path) == 2
+    lines = complaints(capsys)
+    assert len(lines) == 1 and 'pip install "restyle_nb[align]"' in lines[0]
+
+
+@pytest.mark.parametrize('words', [['--align', '--crop'], ['--bulk', '--align'], ['--upsample', '9']])
+def test_cuts_that_make_no_sense(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as e: invert('x.png', '--out', tmp_path, *words)
+    assert e.value.code == 2
+    capsys.readouterr()
+
+
+def test_other_kinds_are_passed_by_aloud(good, tmp_path, capsys):
+    for name in ('a.heic', 'b.TIFF', '.hidden'): (good/name).write_text('x')
+    assert invert(good, '--out', tmp_path/'out', '--steps', 1) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith('1 done, 0 not; 2 of other kinds passed by (.TIFF, .heic): convert pictures among them to PNG or JPEG')
+
+
+@pytest.mark.parametrize('data', ['p', '{}/p'])
+def test_training_says_how_to_go_on_without_a_bad_file(data, tmp_path, capsys, monkeypatch):
+    from restyle_nb.cli import restyle_train
+    (tmp_path/'p').mkdir()
+    for i, x in enumerate(held_out(4)): save_image(x, tmp_path/'p'/f'{i}.png')
+    text_named_png(tmp_path/'p'/'notes.png')
+    monkeypatch.chdir(tmp_path)
+    assert restyle_train(['--data', data.format(tmp_path), '--generator', 'faces64', '--out', str(tmp_path/'run'), '--iterations', '1', '--quiet', '--device', 'cpu',
+                          '--set', 'batch_size=4', '--set', 'n_steps=1']) == 2
+    line, = complaints(capsys)
+    assert 'notes.png' in line and '--check' in line and 'on_error=skip' in line
+
+
+def test_edit_says_foreign_too(snapshot, ways, tmp_path, capsys):
+    assert edited(snapshot, '--directions', ways, '--edit', 'turn=1', '--out', tmp_path, '--steps', 1) == 0
+    assert 'does not look like a picture of this model' in capsys.readouterr().out
 
 
 # --- restyle_edit

@@ -1,5 +1,6 @@
 "Bad folders named, broken pictures replaced, workers killed, shards fetched, cut and hostile: the batches stay what they were."
 import http.server, io, json, multiprocessing, os, pickle, signal, struct, subprocess, sys, tarfile, threading, time, warnings, zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -472,6 +473,22 @@ def test_a_download_that_breaks_off_is_tried_again(tmp_path, shards, served, mon
     (shards/'shard-00001.tar').unlink()
     with pytest.raises(ShardError, match='shard-00001.tar: cannot be fetched'): data[5]
     assert web.asked.count('shard-00001.tar') == 3 and not list((tmp_path/'c').glob('*.part'))
+
+def test_shards_do_with_what_windows_has(tmp_path, shards, served, monkeypatch):
+    "No `pread`, no lock between processes, no touching of an open file, and none of them can be deleted"
+    url,unlink = served[0],Path.unlink
+    def kept(path, **kw):
+        if path.suffix == '.tar': raise PermissionError(13, 'somebody reads it', str(path))
+        return unlink(path, **kw)
+    monkeypatch.delattr(os, 'pread', raising=False)
+    monkeypatch.setattr(os, 'supports_fd', os.supports_fd - {os.utime})
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    monkeypatch.setattr(Path, 'unlink', kept)
+    want = [o.clone() for o in Shards(shards, 24)]
+    data = Shards(f'{url}/index.json', 24, mix=3, cache=tmp_path/'c', limit=5*(shards/'shard-00000.tar').stat().st_size - 1)
+    for i in range(23): assert torch.equal(data[i], want[i])
+    assert data.fetched == 5 and len(list((tmp_path/'c').glob('*.tar'))) == 5   # more than the limit, since none could go
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(lambda i: torch.equal(data[i % 23], want[i % 23]), range(230)))
 
 def test_remote_shards_without_an_index_are_counted(tmp_path, shards, served):
     url,web = served

@@ -457,7 +457,7 @@ def test_keyboard_reaches_everything(page, explorer):
     while (here := page.evaluate(FOCUS)) and len(seen) < 20:
         seen.append(here)
         page.keyboard.press('Tab')
-    assert list(dict.fromkeys(part for part, name, visible in seen)) == ['restyle-' + o for o in ('source', 'upload', 'model', 'scale', 'step', 'play')]
+    assert list(dict.fromkeys(part for part, name, visible in seen)) == ['restyle-' + o for o in ('source', 'upload', 'face', 'model', 'scale', 'step', 'play')]
     assert all(name for part, name, visible in seen)
 
 
@@ -469,7 +469,7 @@ def test_keyboard_in_the_editor(page, editor):
         seen.append(here)
         page.keyboard.press('Tab')
     parts = [part for part, name, visible in seen]
-    assert list(dict.fromkeys(parts))[:9] == ['restyle-' + o for o in ('source', 'upload', 'set', 'add', 'direction', 'layers', 'undo', 'reset', 'keep')]
+    assert list(dict.fromkeys(parts))[:10] == ['restyle-' + o for o in ('source', 'upload', 'face', 'set', 'add', 'direction', 'layers', 'undo', 'reset', 'keep')]
     assert parts.count('restyle-direction') >= 6 and all(name for part, name, visible in seen)
     assert editor.handle('direction', AGE).get_attribute('aria-label') == 'age'
 

@@ -14,7 +14,7 @@ NBS = Path(__file__).resolve().parent.parent/'nbs'
 LESSONS = sorted((NBS/'walkthroughs').glob('[0-9]*.ipynb'))
 BADGE = re.compile(r'^\[!\[Open in Colab\]\(\.\./images/open-in-colab\.svg\)\]\(https://colab\.research\.google\.com/github/'
                    r'restyle-nb/restyle_nb/blob/main/nbs/walkthroughs/(\S+\.ipynb)\)', re.M)
-INSTALL = '%pip install -qq git+https://github.com/restyle-nb/restyle_nb'
+INSTALL = re.compile(r"^    %pip install -qq (git\+https://github\.com/restyle-nb/restyle_nb|'restyle_nb\[[a-z,]+\] @ git\+https://github\.com/restyle-nb/restyle_nb')$", re.M)
 ANSWER = re.compile(r'<details>\s*<summary>Answer</summary>\n(.*?)</details>|::: \{\.callout-tip collapse="true" title="Answer"\}\n(.*?)\n:::', re.S)
 OTHERS = {'torch', 'torchvision', 'matplotlib', 'IPython', 'numpy', 'PIL', 'ipywidgets', 'sklearn', 'google'}   # Colab has its own `google`
 
@@ -54,7 +54,7 @@ def test_install_cell_stands_alone_and_is_valid(path):
     install = [i for i, c in enumerate(code(path)) if is_install(c)]
     assert install == [0]
     cell = code(path)[0]
-    assert source(cell).splitlines()[0] == '#| hide_output' and INSTALL in source(cell) and not cell['outputs']
+    assert source(cell).splitlines()[0] == '#| hide_output' and INSTALL.search(source(cell)) and not cell['outputs']
     sys_import, condition = python(source(cell)).body
     assert sys_import.names[0].name == 'sys' and isinstance(condition, ast.If) and ast.unparse(condition.test) == "'google.colab' in sys.modules"
     assert 'google.colab' not in sys.modules

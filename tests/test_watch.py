@@ -119,6 +119,10 @@ def test_plan_says_when_memory_is_short(tmp_path):
     assert t.micro_batch is t.config['micro_batch'] is None and not t.history.rows and not (tmp_path/'history.jsonl').exists()
 
 
+def test_plan_is_for_a_run_that_can_begin():
+    with pytest.raises(TrainingError, match='64 pictures are fewer than batch_size=100'): plan(trainer(batch_size=100))
+
+
 def test_plan_without_an_end(): assert 'no end is set' in str(plan(trainer(iterations=None), .05))
 
 

@@ -220,3 +220,10 @@ def test_encoders_of_another_folder_share_the_embedded_generators():
         net = load_model(c.name, device='cpu', folder=folder)
         assert net.passes == (1 if c.kind == 'single' else 5)
         assert torch.equal(net.generator.latent_avg, load_generator(c.name.split('-')[0], device='cpu').latent_avg)
+
+
+def test_the_folder_of_a_run_is_a_model_and_its_name(tmp_path, monkeypatch):
+    "Every run calls its file `model.safetensors`: the folder says which it is"
+    save_restyle(load_model('faces64', 'cpu'), file := tmp_path/'mine'/'model.safetensors')
+    monkeypatch.chdir(tmp_path)
+    for src in (tmp_path/'mine', 'mine', file): assert load_model(src, 'cpu').generator.name == 'mine', src

@@ -6,9 +6,9 @@
 
 Without names, every notebook of `nbs/` counts, except drafts (`_name`) and those marked `- skip_exec: true` under their
 title (the recipes). Cells that nbdev's flags leave out (`#| eval: false` and the `tst_flags` of settings.ini) are left
-out here too and keep the output they have. `#| volatile` marks a cell whose numbers are measured times, or come of a
-training or search, which carries the last bit of one processor far from that of another: of its outputs only the
-number and the kinds are compared. Everything runs on the CPU, so that saved outputs mean the same everywhere.
+out here too and keep the output they have. `#| volatile` marks a cell whose numbers are measured times, are
+rounding itself, or come of a training or search, which carries the last bit of one processor far from that of another:
+of its outputs only the number and the kinds are compared. Everything runs on the CPU, so that saved outputs mean the same everywhere.
 """
 import argparse
 import difflib
